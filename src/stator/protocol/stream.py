@@ -1,0 +1,86 @@
+"""The life of one stream, as its reader sees it: the one place that decides how a request ends.
+
+    OPENING ──accept──▶ ACCEPTED ──first item──▶ STREAMING ──▶ ENDED
+       └──────────────────┴─────────── end / fail / cut ───────▲
+
+Every plane feeds the same `Receiver`: `accept` (the prologue), `receive` (items), `finish` (the sentinel, with or without an
+error), `cut` (the connection ended first). The first of `finish` and `cut` decides; whatever comes later is dropped
+silently, so that crossing KILL and END, or a sentinel and the reset behind it, have one outcome (`spec/10 §3.4–3.5`).
+
+`acknowledged` is not a phase of its own on the native plane (ACCEPT follows OPEN at once); the compatible plane passes through it
+while the request is queued at the worker.
+"""
+
+from collections import deque
+from enum import IntEnum
+from typing import Any
+
+from stator.errors import Disconnected, StatorError, StreamIncomplete
+
+__all__ = ["Phase", "Receiver"]
+
+
+class Phase(IntEnum):
+    """What the reader waits for next."""
+
+    CONNECT = 0
+    """a connection to the instance"""
+    ACCEPT = 1
+    """the acknowledgement (compatible) or ACCEPT (native)"""
+    CALL_HOME = 2
+    """compatible plane only: the worker acknowledged and has not connected back; it may be queueing"""
+    PROLOGUE = 3
+    """compatible plane only: connected back, handler not yet called"""
+    FIRST_ITEM = 4
+    ITEMS = 5
+    ENDED = 6
+
+    @property
+    def label(self) -> str:
+        """The phase as errors and metrics name it, e.g. "first item"."""
+        return self.name.lower().replace("_", " ")
+
+
+class Receiver:
+    """State of the receiving half. Not a plane, not a task: methods are called in order of arrival and never block.
+
+    `items` holds what arrived and was not taken. `error` is meaningful once `phase` is ENDED: None means complete.
+    """
+
+    __slots__ = ("error", "items", "phase")
+
+    def __init__(self) -> None:
+        self.phase: Phase = Phase.CONNECT
+        self.items: deque[Any] = deque()
+        self.error: StatorError | None = None
+
+    def advance(self, phase: Phase) -> None:
+        """Move on to a later phase of the opening; going back is ignored, since acknowledgement and call-home race."""
+        if phase > self.phase:
+            self.phase = phase
+
+    def accept(self) -> None:
+        """The prologue said yes."""
+        if self.phase < Phase.FIRST_ITEM:
+            self.phase = Phase.FIRST_ITEM
+
+    def receive(self, items: list[Any]) -> bool:
+        """Take decoded items; an item implies acceptance. False when the stream had ended and they were dropped."""
+        if self.phase is Phase.ENDED:
+            return False
+        self.phase = Phase.ITEMS
+        self.items.extend(items)
+        return True
+
+    def finish(self, error: StatorError | None = None) -> bool:
+        """The sentinel, or a typed error in its place. False if the outcome was decided before."""
+        if self.phase is Phase.ENDED:
+            return False
+        self.phase = Phase.ENDED
+        self.error = error
+        return True
+
+    def cut(self, reason: str, *, instance: int = 0) -> bool:
+        """The connection ended without sentinel: `StreamIncomplete` after the first item, `Disconnected` before it."""
+        kind = StreamIncomplete if self.phase is Phase.ITEMS else Disconnected
+        return self.finish(kind(reason, instance=instance, phase=self.phase.label))

@@ -1,0 +1,113 @@
+"""What a plane is: two small interfaces, one for each side of a stream.
+
+A plane carries meaning, it has none of its own: prologue, items, sentinel, stop, kill and errors are defined by
+`stator.protocol.stream.Receiver` (reader) and by `Responder` (writer), and the conformance suite
+(`stator.testing.plane_suite`) holds every plane to them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from stator.errors import StatorError
+from stator.protocol.envelope import IncomingRequest, RequestEnvelope
+from stator.protocol.records import EndpointRecord
+from stator.transports.inbox import Inbox
+
+__all__ = ["PlaneClient", "PlaneServer", "RequestControl", "RequestSink", "Responder"]
+
+
+class RequestControl(Protocol):
+    """What a plane may do to a running request (the runtime's `Context` is one). Never blocks, never raises, idempotent."""
+
+    def stop(self) -> None:
+        """The client asked for a graceful end; the handler may still send items and end the stream itself."""
+        ...
+
+    def kill(self) -> None:
+        """The client is gone or wants nothing more; nothing sent from now on is delivered."""
+        ...
+
+
+class Responder(Protocol):
+    """How a worker answers one request. Calls arrive in the order accept, send…, end; or refuse alone.
+
+    After `kill` every call is accepted and does nothing. Exactly one of `refuse` and `end` must be called.
+    """
+
+    def accept(self) -> None:
+        """The prologue: the handler was called."""
+        ...
+
+    def refuse(self, error: StatorError) -> None:
+        """The negative prologue; ends the stream."""
+        ...
+
+    def send(self, item: Any) -> bool:
+        """Encode and queue one item. True: go on; False: queued, but await `ready()` before the next one.
+
+        Raises `EngineError` when the value has no JSON form; nothing was queued then.
+        """
+        ...
+
+    async def ready(self) -> None:
+        """Return when another item may be sent, at once if the stream is dead. Cancelling it changes nothing."""
+        ...
+
+    def end(self, error: StatorError | None = None) -> None:
+        """The sentinel, after an error item if `error` is given."""
+        ...
+
+
+RequestSink = Callable[[IncomingRequest, Responder], RequestControl]
+"""Takes a request the plane has received. Synchronous; raises a `StatorError` to refuse (nothing was started then)."""
+
+
+class PlaneServer(Protocol):
+    """The worker's side of a plane: one listener per process, any number of endpoints."""
+
+    def register(self, path: str, sink: RequestSink) -> None:
+        """Requests for `path` (`{instance id in hex}/{endpoint name}`) go to `sink` from now on."""
+        ...
+
+    def unregister(self, path: str) -> None:
+        """New requests for `path` are refused; running ones are left alone."""
+        ...
+
+    def describe(self, record: EndpointRecord, path: str) -> EndpointRecord:
+        """The record with this plane's address filled in."""
+        ...
+
+    def drain(self) -> None:
+        """Tell connected clients to send nothing new (GOAWAY where the plane has one)."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close listener and connections; streams still open are cut. Idempotent."""
+        ...
+
+
+class PlaneClient(Protocol):
+    """The caller's side of a plane: shared by all clients of the process."""
+
+    def serves(self, record: EndpointRecord) -> bool:
+        """Whether this plane can reach the instance the record describes."""
+        ...
+
+    async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
+        """Send the request; answers arrive in `inbox`. Returns once the request is on its way.
+
+        Raises `ConnectFailed` or `Timeout` (phase "connect") when there is no connection. Cancelled: the request was withdrawn
+        or killed, and the inbox is ended.
+        """
+        ...
+
+    def forget(self, record: EndpointRecord) -> None:
+        """The instance left discovery: fail what waits for its acceptance, leave established streams alone."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close all connections; open streams end `Disconnected`. Idempotent."""
+        ...
+
+
+ServerFactory = Callable[..., PlaneServer]
