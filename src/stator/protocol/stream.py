@@ -1,17 +1,15 @@
 """The life of one stream, as its reader sees it: the one place that decides how a request ends.
 
-    OPENING ──accept──▶ ACCEPTED ──first item──▶ STREAMING ──▶ ENDED
-       └──────────────────┴─────────── end / fail / cut ───────▲
+    CONNECT ─▶ ACCEPT ─▶ CALL_HOME ─▶ PROLOGUE ─▶ FIRST_ITEM ─▶ ITEMS ─▶ ENDED
+       └─────────┴───────────┴────────────┴────────────┴── finish / cut ──▲
 
-Every plane feeds the same `Receiver`: `accept` (the prologue), `receive` (items), `finish` (the sentinel, with or without an
-error), `cut` (the connection ended first). The first of `finish` and `cut` decides; whatever comes later is dropped
-silently, so that crossing KILL and END, or a sentinel and the reset behind it, have one outcome (`spec/10 §3.4–3.5`).
-
-`acknowledged` is not a phase of its own on the native plane (ACCEPT follows OPEN at once); the compatible plane passes through it
-while the request is queued at the worker.
+Every plane feeds the same `Receiver`: `advance` and `accept` (the prologue), `receive` (items), `finish` (the sentinel, with or without
+an error), `cut` (the connection ended first). The first of `finish` and `cut` decides; whatever comes later is dropped silently,
+so that crossing KILL and END, or a sentinel and the reset behind it, have one outcome (`spec/10 §3.4–3.5`).
 """
 
 from collections import deque
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -45,31 +43,42 @@ class Receiver:
     """State of the receiving half. Not a plane, not a task: methods are called in order of arrival and never block.
 
     `items` holds what arrived and was not taken. `error` is meaningful once `phase` is ENDED: None means complete.
+    `changed` is called after every step that a waiting reader may care about.
     """
 
-    __slots__ = ("error", "items", "phase")
+    __slots__ = ("error", "instance", "items", "phase")
 
-    def __init__(self) -> None:
+    def __init__(self, *, instance: int = 0) -> None:
+        self.instance = instance
         self.phase: Phase = Phase.CONNECT
         self.items: deque[Any] = deque()
         self.error: StatorError | None = None
 
+    def changed(self) -> None:
+        """Told after each step; the asyncio side wakes its reader here."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the outcome is decided (items may still wait to be taken)."""
+        return self.phase is Phase.ENDED
+
     def advance(self, phase: Phase) -> None:
         """Move on to a later phase of the opening; going back is ignored, since acknowledgement and call-home race."""
-        if phase > self.phase:
+        if self.phase < phase < Phase.ENDED:
             self.phase = phase
+            self.changed()
 
     def accept(self) -> None:
         """The prologue said yes."""
-        if self.phase < Phase.FIRST_ITEM:
-            self.phase = Phase.FIRST_ITEM
+        self.advance(Phase.FIRST_ITEM)
 
-    def receive(self, items: list[Any]) -> bool:
+    def receive(self, items: Iterable[Any]) -> bool:
         """Take decoded items; an item implies acceptance. False when the stream had ended and they were dropped."""
         if self.phase is Phase.ENDED:
             return False
         self.phase = Phase.ITEMS
         self.items.extend(items)
+        self.changed()
         return True
 
     def finish(self, error: StatorError | None = None) -> bool:
@@ -78,9 +87,10 @@ class Receiver:
             return False
         self.phase = Phase.ENDED
         self.error = error
+        self.changed()
         return True
 
-    def cut(self, reason: str, *, instance: int = 0) -> bool:
+    def cut(self, reason: str) -> bool:
         """The connection ended without sentinel: `StreamIncomplete` after the first item, `Disconnected` before it."""
         kind = StreamIncomplete if self.phase is Phase.ITEMS else Disconnected
-        return self.finish(kind(reason, instance=instance, phase=self.phase.label))
+        return self.finish(kind(reason, instance=self.instance, phase=self.phase.label))

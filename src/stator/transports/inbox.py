@@ -5,19 +5,19 @@ item; one entry in the deadline wheel per stream, none per wait.
 """
 
 import asyncio
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from stator.errors import Cancelled, StatorError, Timeout
+from stator.errors import Cancelled, ConfigError, Timeout, UsageError
 from stator.protocol.stream import Phase, Receiver
-from stator.tasks.wheel import DeadlineWheel
+from stator.tasks.wheel import DeadlineWheel, Timed
 
-__all__ = ["Inbox", "PhaseLimits", "StreamLink"]
+__all__ = ["UNLINKED", "Inbox", "PhaseLimits", "StreamLink"]
 
 
 class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long each wait may take, in seconds; None waits for ever. `total` counts from the opening."""
+    """How long each wait may take, in seconds; None waits for ever. `total` counts from the opening, the others from the last progress."""
 
     connect: float | None = 3.0
     accept: float | None = 5.0
@@ -27,17 +27,27 @@ class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
     items: float | None = 120.0
     total: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"limit {name} must be a positive number of seconds or None, got {value!r}")
+
     def of(self, phase: Phase) -> float | None:
         """The limit of the wait that `phase` names."""
         return (self.connect, self.accept, self.call_home, self.prologue, self.first_item, self.items, None)[phase]
 
 
 class StreamLink(Protocol):
-    """What an inbox may ask of the plane that feeds it. Never blocks, never raises, idempotent."""
+    """What an inbox may ask of the plane that feeds it. Never blocks, never raises, idempotent, harmless after the end."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Send the graceful stop."""
+        ...
 
-    def kill(self) -> None: ...
+    def kill(self) -> None:
+        """Send the kill and forget the stream: nothing that still arrives reaches the inbox."""
+        ...
 
     def taken(self) -> None:
         """The application emptied the inbox: credit may be returned, a paused socket may be read again."""
@@ -58,15 +68,110 @@ UNLINKED: StreamLink = _Unlinked()
 
 
 class Inbox(Receiver):
-    """One stream's reading end. Filled by one plane, read by one task at a time."""
+    """One stream's reading end. Filled by one plane, read by one task at a time.
 
-    __slots__ = ("_began", "_limits", "_loop", "_since", "_slot", "_waiter", "_wheel", "instance", "link")
+    A plane sets `link` when it takes the request and calls the methods of `Receiver`; once the stream has ended, `link` is dropped, so
+    that an ended inbox holds nothing of the plane.
+    """
 
-    def __init__(self, *, loop: asyncio.AbstractEventLoop, wheel: DeadlineWheel, limits: PhaseLimits, instance: int) -> None:
-        super().__init__()
+    __slots__ = ("_deadline", "_limits", "_look", "_since", "_waiter", "_wheel", "link", "slot")
+
+    def __init__(self, *, wheel: DeadlineWheel, limits: PhaseLimits, instance: int = 0) -> None:
+        super().__init__(instance=instance)
         self.link: StreamLink = UNLINKED
-        self.instance = instance
-        self._loop = loop
+        self.slot: set[Timed] | None = None
         self._wheel = wheel
         self._limits = limits
         self._waiter: asyncio.Future[None] | None = None
+        self._since = now = wheel.now()
+        self._deadline = float("inf") if limits.total is None else now + limits.total
+        self._look = float("inf")
+        self._watch_wait()
+
+    # -- the plane's side -------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        phase = self.phase
+        if phase < Phase.ITEMS:
+            self._watch_wait()
+        elif phase is Phase.ENDED:
+            self.link = UNLINKED
+            self._wheel.disarm(self)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # -- the application's side -------------------------------------------------------------------------------------------
+
+    async def opened(self) -> None:
+        """Wait until the request was accepted or the stream ended. Cancelled: nothing changed."""
+        while self.phase < Phase.FIRST_ITEM:
+            await self._wait()
+
+    async def more(self) -> bool:
+        """Wait until `items` is not empty (True) or the stream ended (False; raises its error). Cancelled: nothing was taken."""
+        while not self.items:
+            if self.phase is Phase.ENDED:
+                if self.error is not None:
+                    raise self.error
+                return False
+            self.link.taken()
+            await self._wait()
+        return True
+
+    def kill(self) -> None:
+        """End the stream from this side: the worker is told, nothing more is delivered, readers get `Cancelled`."""
+        if self.phase is Phase.ENDED:
+            return
+        link, self.link = self.link, UNLINKED
+        link.kill()
+        self.finish(Cancelled("the stream was killed by its reader", instance=self.instance, phase=self.phase.label))
+
+    def stop(self) -> None:
+        """Ask the worker to end gracefully; what it still sends is delivered."""
+        self.link.stop()
+
+    async def _wait(self) -> None:
+        if self._waiter is not None:
+            raise UsageError("a stream is read by one task at a time; another one is waiting on it")
+        self._watch_wait()
+        self._waiter = self._wheel.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    # -- deadlines --------------------------------------------------------------------------------------------------------
+
+    def _watch_wait(self) -> None:
+        """A wait begins now: make sure that the wheel looks when its limit is reached, at the latest."""
+        self._since = now = self._wheel.now()
+        limit = self._limits.of(self.phase)
+        due = min(now + limit, self._deadline) if limit is not None else self._deadline
+        if due < self._look:
+            self._look = due
+            self._wheel.arm(self, due)
+
+    def expire(self, now: float) -> float:
+        """Called by the wheel: end the stream if its wait is over, else say when to look again."""
+        if self.phase is Phase.ENDED:
+            return 0.0
+        if now >= self._deadline:
+            return self._time_out("total", self._limits.total)
+        limit = self._limits.of(self.phase)
+        due = self._deadline
+        if limit is not None and (self._waiter is not None or self.phase < Phase.FIRST_ITEM):
+            if now >= self._since + limit:
+                return self._time_out(self.phase.label, limit)
+            due = min(self._since + limit, due)
+        self._look = due
+        return due if due != float("inf") else 0.0
+
+    def _time_out(self, phase: str, limit: float | None) -> float:
+        error = Timeout(
+            f"no progress: {phase} took longer than {limit} s", instance=self.instance, phase=phase
+        )
+        link, self.link = self.link, UNLINKED
+        link.kill()
+        self.finish(error)
+        return 0.0

@@ -1,0 +1,117 @@
+"""The worker's side of a request, the same for every plane: envelope in → prologue → items → sentinel."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from stator.errors import Cancelled, EngineError, StatorError, Unavailable
+from stator.protocol.envelope import IncomingRequest
+from stator.protocol.wire_errors import engine_error
+from stator.runtime.context import Context
+from stator.runtime.engine import Generate
+from stator.tasks import Scope
+from stator.transports.plane import Responder
+
+__all__ = ["Serving"]
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_LIMIT = 5.0
+"""seconds a handler's clean-up may take after it was cancelled, before it is left behind and reported"""
+
+
+class Serving:
+    """One served endpoint: takes requests from every plane and runs the handler, one task per request.
+
+    `inflight` counts requests from arrival to sentinel. `drain` refuses new ones (`Unavailable`, which clients retry elsewhere).
+    """
+
+    def __init__(self, generate: Generate, *, scope: Scope, name: str) -> None:
+        self._generate = generate
+        self._scope = scope
+        self._name = name
+        self._draining = False
+        self._running: set[Context] = set()
+        self._idle: asyncio.Event | None = None
+
+    @property
+    def inflight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._running)
+
+    def __call__(self, request: IncomingRequest, responder: Responder) -> Context:
+        """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
+        if self._draining:
+            raise Unavailable(f"endpoint {self._name} is draining")
+        context = Context(request.id, metadata=request.metadata, headers=request.headers)
+        task = self._scope.spawn(self._serve(request, context, responder))
+        self._running.add(context)
+        context.subscribe(lambda killed: task.cancel() if killed else None)  # pyright: ignore[reportUnknownLambdaType]
+        task.add_done_callback(lambda _: self._ended(context))
+        return context
+
+    def _ended(self, context: Context) -> None:
+        self._running.discard(context)
+        if self._idle is not None and not self._running:
+            self._idle.set()
+
+    async def _serve(self, request: IncomingRequest, context: Context, responder: Responder) -> None:
+        try:
+            stream = self._generate(request.body, context)
+        except Exception as error:
+            logger.warning("request %s of %s refused by its handler: %s", request.id, self._name, error)
+            responder.refuse(engine_error(error))
+            return
+        responder.accept()
+        failure: StatorError | None = None
+        try:
+            send = responder.send
+            async for item in stream:
+                if not send(item):
+                    await responder.ready()
+        except asyncio.CancelledError as error:
+            failure = self._cancelled(context, error)
+        except Exception as error:
+            failure = engine_error(error)
+            logger.warning("request %s of %s failed in its handler", request.id, self._name, exc_info=error)
+        responder.end(failure)
+        if failure is not None:
+            await self._close(stream, request.id)
+
+    def _cancelled(self, context: Context, error: asyncio.CancelledError) -> StatorError:
+        if context.is_killed:
+            return Cancelled("killed by the caller")
+        if self._scope.closed:
+            return EngineError("the worker is shutting down", kind="EngineShutdown")
+        return engine_error(error)
+
+    async def _close(self, stream: AsyncIterator[Any], request_id: str) -> None:
+        """Run the handler's own clean-up, bounded."""
+        aclose = getattr(stream, "aclose", None)
+        if aclose is None:
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_LIMIT):
+                await aclose()
+        except Exception as error:
+            logger.warning("handler of request %s did not clean up: %r", request_id, error)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._draining = True
+
+    def resume(self) -> None:
+        """Take new requests again."""
+        self._draining = False
+
+    async def idle(self) -> None:
+        """Wait until no request is running. The caller sets the deadline; cancelling changes nothing."""
+        while self._running:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    def kill_all(self) -> None:
+        """Kill what is still running."""
+        for context in tuple(self._running):
+            context.kill()

@@ -1,0 +1,1 @@
+"""The kit Stator is tested with: fakes, a manual clock, conformance suites, recorded frames. For tests only."""

@@ -1,0 +1,233 @@
+"""The in-memory plane: what a plane means, without sockets. Used by tests, by single-process set-ups and as the model for the others.
+
+Values still go through their JSON form, so that a handler sees and sends exactly what it would over a network. Delivery is
+asynchronous (next loop tick), in order, and bounded: a stream holds at most `window` bytes that its reader has not taken.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from stator.errors import ConnectFailed, EngineError, StatorError, Unavailable
+from stator.protocol.envelope import IncomingRequest, RequestEnvelope
+from stator.protocol.ids import endpoint_path
+from stator.protocol.records import EndpointRecord, NativeAddress
+from stator.protocol.stream import Phase
+from stator.transports.inbox import Inbox
+from stator.transports.plane import RequestControl, RequestSink
+
+__all__ = ["MemoryNetwork", "MemoryPlane"]
+
+_PREFIX = "memory:"
+_YIELD_EVERY = 64
+_MIN_CHARGE = 64
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+class MemoryNetwork:
+    """The wire between planes of one process: plane addresses and the streams open on them."""
+
+    def __init__(self, *, window: int = 256 * 1024) -> None:
+        self.window = window
+        self._planes: dict[str, MemoryPlane] = {}
+
+    def attach(self, plane: "MemoryPlane") -> str:
+        """Give a plane its address."""
+        address = f"{_PREFIX}{id(plane):x}"
+        self._planes[address] = plane
+        return address
+
+    def detach(self, address: str) -> None:
+        """The plane is gone; its address answers no more."""
+        self._planes.pop(address, None)
+
+    def find(self, address: str) -> "MemoryPlane | None":
+        """The plane listening at `address`."""
+        return self._planes.get(address)
+
+
+class _Stream:
+    """One stream: responder for the worker, link for the reader; both ends live in one process."""
+
+    __slots__ = ("_client", "_control", "_dead", "_inbox", "_loop", "_pending", "_server", "_resumed", "_since_yield", "_unread", "_window")
+
+    def __init__(self, client: "MemoryPlane", server: "MemoryPlane", inbox: Inbox, window: int) -> None:
+        self._client = client
+        self._server = server
+        self._inbox = inbox
+        self._window = window
+        self._loop = asyncio.get_running_loop()
+        self._pending: list[Callable[[], object]] = []
+        self._control: RequestControl | None = None
+        self._resumed: asyncio.Future[None] | None = None
+        self._unread = 0
+        self._since_yield = 0
+        self._dead = False
+
+    # -- both directions go through the loop, in order
+
+    def _later(self, step: Callable[[], object]) -> None:
+        if not self._pending:
+            self._loop.call_soon(self._flush)
+        self._pending.append(step)
+
+    def _flush(self) -> None:
+        steps, self._pending = self._pending, []
+        for step in steps:
+            step()
+
+    def start(self, envelope: RequestEnvelope, sink: RequestSink | None) -> None:
+        self._later(lambda: self._deliver(envelope, sink))
+
+    def _deliver(self, envelope: RequestEnvelope, sink: RequestSink | None) -> None:
+        if self._dead:
+            return
+        try:
+            if sink is None:
+                raise Unavailable("no such endpoint", instance=self._inbox.instance)
+            request = IncomingRequest(
+                id=envelope.id,
+                body=_decode(envelope.payload),
+                metadata=dict(envelope.metadata),
+                headers=dict(envelope.headers),
+                deadline=envelope.deadline,
+            )
+            self._control = sink(request, self)
+        except StatorError as error:
+            self.refuse(error)
+
+    # -- Responder
+
+    def accept(self) -> None:
+        self._later(self._inbox.accept)
+
+    def refuse(self, error: StatorError) -> None:
+        self.end(error)
+
+    def send(self, item: Any) -> bool:
+        if self._dead:
+            return False
+        try:
+            data = _encode(item)
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
+            raise EngineError(f"item has no JSON form: {error}", kind="InvalidArgument") from error
+        self._unread += max(len(data), _MIN_CHARGE)
+        self._later(lambda: self._inbox.receive((_decode(data),)))
+        self._since_yield += 1
+        return self._unread < self._window and self._since_yield < _YIELD_EVERY
+
+    async def ready(self) -> None:
+        self._since_yield = 0
+        await asyncio.sleep(0)
+        while self._unread >= self._window and not self._dead:
+            self._resumed = self._loop.create_future()
+            await self._resumed
+
+    def end(self, error: StatorError | None = None) -> None:
+        if not self._dead:
+            self._later(lambda: self._inbox.finish(error))
+            self._later(self.forget)
+
+    # -- StreamLink
+
+    def stop(self) -> None:
+        self._later(lambda: self._control is not None and self._control.stop())
+
+    def kill(self) -> None:
+        self.forget()
+        self._later(lambda: self._control is not None and self._control.kill())
+
+    def taken(self) -> None:
+        self._unread = 0
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._resumed is not None and not self._resumed.done():
+            self._resumed.set_result(None)
+
+    # -- ends
+
+    def forget(self) -> None:
+        self._dead = True
+        self._client.opened.discard(self)
+        self._server.served.discard(self)
+        self._resume()
+
+    def cut(self, reason: str) -> None:
+        """The network broke: the reader sees a cut, the worker a kill."""
+        self.forget()
+        self._inbox.cut(reason)
+        if self._control is not None:
+            self._control.kill()
+
+    def forget_instance(self, instance_id: int) -> None:
+        if self._inbox.instance == instance_id and self._inbox.phase < Phase.FIRST_ITEM:
+            self.cut("the instance left discovery before it accepted the request")
+
+
+class MemoryPlane:
+    """`PlaneServer` and `PlaneClient` in one, on a shared `MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork) -> None:
+        self._network = network
+        self._sinks: dict[str, RequestSink] = {}
+        self._draining = False
+        self._address = network.attach(self)
+        self.served: set[_Stream] = set()
+        self.opened: set[_Stream] = set()
+
+    # -- PlaneServer
+
+    def register(self, path: str, sink: RequestSink) -> None:
+        self._sinks[path] = sink
+
+    def unregister(self, path: str) -> None:
+        self._sinks.pop(path, None)
+
+    def describe(self, record: EndpointRecord, path: str) -> EndpointRecord:
+        return msgspec.structs.replace(record, stator=NativeAddress(plane=0, address=self._address, process=self._address))
+
+    def drain(self) -> None:
+        self._draining = True
+
+    def cut(self, reason: str = "the network was cut") -> None:
+        """Break every stream this plane serves, as a lost machine would."""
+        for stream in tuple(self.served):
+            stream.cut(reason)
+
+    async def aclose(self) -> None:
+        self._network.detach(self._address)
+        self.cut("the worker closed its plane")
+        for stream in tuple(self.opened):
+            stream.cut("the client closed its plane")
+
+    # -- PlaneClient
+
+    def serves(self, record: EndpointRecord) -> bool:
+        native = record.stator
+        return isinstance(native, NativeAddress) and native.address.startswith(_PREFIX)
+
+    async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
+        native = record.stator
+        peer = self._network.find(native.address) if isinstance(native, NativeAddress) else None
+        if peer is None:
+            raise ConnectFailed("no plane listens at the instance's memory address", instance=record.instance_id, phase="connect")
+        path = endpoint_path(record.instance_id, record.endpoint)
+        stream = _Stream(self, peer, inbox, self._network.window)
+        peer.served.add(stream)
+        self.opened.add(stream)
+        inbox.link = stream
+        inbox.advance(Phase.ACCEPT)
+        stream.start(envelope, peer.sink(path))
+
+    def sink(self, path: str) -> RequestSink | None:
+        """Who takes requests for `path`; None when nobody does."""
+        return None if self._draining else self._sinks.get(path)
+
+    def forget(self, record: EndpointRecord) -> None:
+        for stream in tuple(self.opened):
+            stream.forget_instance(record.instance_id)
