@@ -86,6 +86,8 @@ class Receiver:
         if self.phase is Phase.ENDED:
             return False
         self.phase = Phase.ENDED
+        if error is not None and not error.instance:
+            error.instance = self.instance
         self.error = error
         self.changed()
         return True

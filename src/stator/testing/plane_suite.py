@@ -101,7 +101,11 @@ class Caller:
         envelope = RequestEnvelope(
             id=id, payload=msgspec.json.encode(request), metadata=metadata or {}, headers=headers or {}
         )
-        await self.pair.client.open(record, envelope, inbox)
+        try:
+            await self.pair.client.open(record, envelope, inbox)
+        except StatorError as error:
+            inbox.finish(error)
+            raise
         return inbox
 
     async def collect(self, request: Any = None, **options: Any) -> list[Any]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ConnectFailed, EngineError, StatorError, Unavailable
+from stator.errors import ConnectFailed, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest, RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.protocol.stream import Phase
+from stator.protocol.values import decode_value, encode_json
 from stator.transports.inbox import Inbox
 from stator.transports.plane import RequestControl, RequestSink
 
@@ -24,8 +25,6 @@ _PREFIX = "memory:"
 _YIELD_EVERY = 64
 _MIN_CHARGE = 64
 
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
 
 
 class MemoryNetwork:
@@ -91,7 +90,7 @@ class _Stream:
                 raise Unavailable("no such endpoint", instance=self._inbox.instance)
             request = IncomingRequest(
                 id=envelope.id,
-                body=_decode(envelope.payload),
+                body=decode_value(envelope.payload, "json"),
                 metadata=dict(envelope.metadata),
                 headers=dict(envelope.headers),
                 deadline=envelope.deadline,
@@ -111,12 +110,9 @@ class _Stream:
     def send(self, item: Any) -> bool:
         if self._dead:
             return False
-        try:
-            data = _encode(item)
-        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
-            raise EngineError(f"item has no JSON form: {error}", kind="InvalidArgument") from error
+        data = encode_json(item)
         self._unread += max(len(data), _MIN_CHARGE)
-        self._later(lambda: self._inbox.receive((_decode(data),)))
+        self._later(lambda: self._inbox.receive((decode_value(data, "json"),)))
         self._since_yield += 1
         return self._unread < self._window and self._since_yield < _YIELD_EVERY
 

@@ -94,10 +94,10 @@ class PlaneClient(Protocol):
         ...
 
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
-        """Send the request; answers arrive in `inbox`. Returns once the request is on its way.
+        """Send the request; answers arrive in `inbox`. Returns once the request is on its way, without waiting for an answer.
 
-        Raises `ConnectFailed` or `Timeout` (phase "connect") when there is no connection. Cancelled: the request was withdrawn
-        or killed, and the inbox is ended.
+        Raises `ConnectFailed` or `Timeout` (phase "connect") when there is no connection, `UsageError` when the request is too large;
+        nothing was sent then, and ending the inbox is the caller's. The same holds when it is cancelled.
         """
         ...
 
