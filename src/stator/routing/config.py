@@ -1,0 +1,40 @@
+"""Settings of routing."""
+
+from typing import Annotated
+
+from stator.config import Config, Setting
+from stator.errors import ConfigError
+from stator.routing.policy import normal_name
+
+__all__ = ["RoutingConfig"]
+
+
+class RoutingConfig(Config, frozen=True, kw_only=True):
+    """How instances are chosen, avoided and retried."""
+
+    section = "routing"
+
+    policy: Annotated[
+        str,
+        Setting(doc="how clients choose when they do not say", dyn="DYN_ROUTER_MODE", dyn_read=normal_name),
+    ] = "round_robin"
+    device_ratio: Annotated[
+        int,
+        Setting(
+            doc="device_weighted: CPU instances that one accelerator counts for", dyn="DYN_ENCODER_CUDA_TO_CPU_RATIO", ge=1
+        ),
+    ] = 8
+    inhibit_first: Annotated[float, Setting(doc="how long an instance is avoided after a failure; doubles", unit="s", gt=0)] = (
+        5.0
+    )
+    inhibit_most: Annotated[float, Setting(doc="longest avoidance after repeated failures", unit="s", gt=0)] = 60.0
+    overloaded_for: Annotated[
+        float, Setting(doc="how long an instance that refused as overloaded is left alone", unit="s", gt=0)
+    ] = 5.0
+    retry_ratio: Annotated[float, Setting(doc="retries allowed per request, on average", ge=0, le=1)] = 0.2
+    retry_rate: Annotated[float, Setting(doc="retries allowed beside that", unit="per second", ge=0)] = 10.0
+    attempts: Annotated[int, Setting(doc="instances that one request may try", ge=1, le=256)] = 16
+
+    def check(self) -> None:
+        if self.inhibit_first > self.inhibit_most:
+            raise ConfigError(f"inhibit_first = {self.inhibit_first} is above inhibit_most = {self.inhibit_most}")

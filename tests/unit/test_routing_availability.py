@@ -1,0 +1,211 @@
+"""Who may be chosen: marks, preferences, expiry, errors and explanations."""
+
+import pytest
+
+from stator.errors import ConfigError, ConnectFailed, Overloaded, Unavailable
+from stator.protocol.ids import EndpointId
+from stator.routing import Availability, Candidate, Occupancy, RouteRequest, RoutingConfig
+
+ENDPOINT = EndpointId("demo", "backend", "generate")
+
+
+def view(count: int = 3, config: RoutingConfig | None = None) -> Availability:
+    availability = Availability(ENDPOINT, config)
+    availability.update(Occupancy().update(dict.fromkeys(range(1, count + 1), "cuda")))
+    return availability
+
+
+def ids(candidates: tuple[Candidate, ...]) -> list[int]:
+    return [candidate.instance_id for candidate in candidates]
+
+
+def test_all_discovered_instances_are_free_in_order() -> None:
+    availability = view()
+    assert ids(availability.free(0.0)) == [1, 2, 3]
+    assert len(availability) == 3 and availability.knows(2) and not availability.knows(9)
+
+
+def test_the_answer_is_kept_until_something_changes() -> None:
+    availability = view()
+    first = availability.free(0.0)
+    assert availability.free(1e9) is first
+    availability.mark_overloaded(1, 5.0)
+    assert availability.free(5.0) is not first
+    assert availability.free(9.9) is availability.free(6.0)
+
+
+def test_inhibition_doubles_to_a_minute_and_starts_over_after_a_success() -> None:
+    availability = view(2)
+    now, lengths = 0.0, []
+    for _ in range(6):
+        availability.mark_inhibited(1, now)
+        row = availability.explain(now)[0]
+        assert row.state == "inhibited" and row.until is not None
+        lengths.append(row.until - now)
+        assert ids(availability.free(now)) == ids(availability.free(row.until - 0.001)) == [2]
+        now = row.until
+        assert ids(availability.free(now)) == [1, 2]
+    assert lengths == [5, 10, 20, 40, 60, 60]
+    availability.mark_success(1)
+    availability.mark_inhibited(1, now)
+    assert availability.explain(now)[0].until == now + 5
+
+
+def test_failures_during_an_inhibition_count_as_the_same() -> None:
+    availability = view(2)
+    for _ in range(64):
+        availability.mark_inhibited(1, 0.0, "connection refused")
+    assert availability.explain(0.0)[0].until == 5.0
+
+
+def test_a_success_ends_the_inhibition_at_once() -> None:
+    availability = view(2)
+    availability.mark_inhibited(1, 0.0)
+    availability.mark_suspect(2)
+    availability.mark_success(1)
+    assert ids(availability.free(0.1)) == [1]
+    availability.mark_success(2)
+    assert ids(availability.free(0.1)) == [1, 2]
+
+
+def test_if_all_are_inhibited_the_one_ending_first_is_used() -> None:
+    availability = view(3)
+    availability.mark_inhibited(2, 0.0)
+    availability.mark_inhibited(1, 1.0)
+    availability.mark_inhibited(3, 2.0)
+    assert ids(availability.free(2.0)) == [2]
+    assert ids(availability.free(2.0, RouteRequest(excluded={2}))) == [1]
+    assert ids(availability.free(2.0, RouteRequest(excluded={1, 2}))) == [3]
+
+
+def test_suspects_are_used_before_inhibited_ones() -> None:
+    availability = view(3)
+    availability.mark_inhibited(1, 0.0)
+    availability.mark_suspect(2)
+    assert ids(availability.free(0.0)) == [3]
+    assert ids(availability.free(0.0, RouteRequest(excluded={3}))) == [2]
+    assert ids(availability.free(0.0, RouteRequest(excluded={2, 3}))) == [1]
+    availability.mark_suspect(3)
+    assert ids(availability.free(0.0)) == [2, 3]
+    availability.clear_suspect(2)
+    assert ids(availability.free(0.0)) == [2]
+
+
+def test_overload_expires() -> None:
+    availability = view(2)
+    availability.mark_overloaded(1, 0.0)
+    availability.mark_overloaded(2, 1.0, seconds=2.0)
+    with pytest.raises(Overloaded, match=r"2 of 2 workers of endpoint demo/backend/generate are busy; retry in 1\.5 s"):
+        availability.free(1.5)
+    assert ids(availability.free(3.0)) == [2]
+    assert ids(availability.free(5.0)) == [1, 2]
+
+
+def test_an_overloaded_instance_is_not_a_refuge_while_an_inhibited_one_is() -> None:
+    availability = view(2)
+    availability.mark_overloaded(1, 0.0)
+    availability.mark_inhibited(2, 0.0)
+    assert ids(availability.free(0.0)) == [2]
+
+
+def test_the_busy_set_is_replaced_as_a_whole() -> None:
+    availability = view(2)
+    availability.set_busy([1, 7])
+    assert ids(availability.free(0.0)) == [2]
+    availability.set_busy([2])
+    assert ids(availability.free(0.0)) == [1]
+    availability.set_busy([1, 2])
+    with pytest.raises(Overloaded, match=r"2 of 2 workers .* are busy; retry after the next load report"):
+        availability.free(0.0)
+    availability.set_busy([])
+    assert ids(availability.free(0.0)) == [1, 2]
+
+
+def test_draining_instances_take_nothing_new_until_they_register_anew() -> None:
+    availability = view(2)
+    availability.mark_draining(1)
+    assert ids(availability.free(0.0)) == [2]
+    availability.mark_draining(2)
+    with pytest.raises(
+        Unavailable, match="no workers available for endpoint demo/backend/generate: of 2 known, 2 are draining"
+    ):
+        availability.free(0.0)
+    availability.forget(1)
+    assert ids(availability.free(0.0)) == [1]
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(Unavailable, match=r"^no workers available for endpoint demo/backend/generate$"):
+        view(0).free(0.0)
+
+
+def test_all_tried() -> None:
+    availability = view(2)
+    with pytest.raises(Unavailable, match="of 2 known, 0 are draining and 2 were tried"):
+        availability.free(0.0, RouteRequest(excluded={1, 2}))
+    availability.mark_overloaded(2, 0.0)
+    with pytest.raises(Overloaded, match=r"1 of 2 workers .* \(1 others draining or already tried\); retry in 5\.0 s"):
+        availability.free(0.0, RouteRequest(excluded={1}))
+
+
+def test_a_target_is_the_only_candidate_even_if_others_are_preferred() -> None:
+    availability = view(3)
+    availability.mark_inhibited(2, 0.0)
+    availability.mark_suspect(3)
+    assert ids(availability.free(0.0, RouteRequest(target=2))) == [2]
+    assert ids(availability.free(0.0, RouteRequest(target=3))) == [3]
+
+
+def test_a_target_that_cannot_be_had_is_named() -> None:
+    availability = view(3)
+    with pytest.raises(ConnectFailed, match="instance_id=42 not found for endpoint demo/backend/generate") as caught:
+        availability.free(0.0, RouteRequest(target=42))
+    assert caught.value.instance == 42
+    availability.mark_draining(1)
+    with pytest.raises(Unavailable, match=r"instance_id=1 .* is draining"):
+        availability.free(0.0, RouteRequest(target=1))
+    availability.mark_overloaded(2, 0.0)
+    with pytest.raises(Overloaded, match=r"instance_id=2 .* is busy; retry in 4\.0 s"):
+        availability.free(1.0, RouteRequest(target=2))
+    with pytest.raises(Unavailable, match=r"instance_id=3 .* was already tried"):
+        availability.free(1.0, RouteRequest(target=3, excluded={3}))
+
+
+def test_marks_go_with_the_instance_and_ignore_strangers() -> None:
+    occupancy = Occupancy()
+    availability = Availability(ENDPOINT)
+    availability.update(occupancy.update({1: "", 2: ""}))
+    availability.mark_draining(1)
+    availability.mark_inhibited(9, 0.0)
+    availability.update(occupancy.update({2: ""}))
+    assert ids(availability.free(0.0)) == [2]
+    availability.update(occupancy.update({2: "", 1: "", 9: ""}))
+    assert ids(availability.free(0.0)) == [2, 1, 9]
+
+
+def test_explain_names_state_reason_and_end() -> None:
+    availability = view(6)
+    availability.mark_inhibited(2, 0.0, "connection refused")
+    availability.mark_suspect(3)
+    availability.mark_overloaded(4, 0.0)
+    availability.set_busy([5])
+    availability.mark_draining(6)
+    rows = [(row.instance_id, row.state, row.reason, row.until, row.chosen_from) for row in availability.explain(1.0)]
+    assert rows == [
+        (1, "free", "", None, True),
+        (2, "inhibited", "connection refused", 5.0, False),
+        (3, "suspect", "silent with requests open", None, False),
+        (4, "overloaded", "refused at capacity", 5.0, False),
+        (5, "busy", "load report", None, False),
+        (6, "draining", "takes nothing new", None, False),
+    ]
+
+
+def test_times_are_settings() -> None:
+    availability = view(2, RoutingConfig(inhibit_first=1, inhibit_most=1.5, overloaded_for=2))
+    availability.mark_inhibited(1, 0.0)
+    availability.mark_inhibited(1, 1.0)
+    availability.mark_overloaded(2, 0.0)
+    assert [row.until for row in availability.explain(1.0)] == [2.5, 2.0]
+    with pytest.raises(ConfigError, match="inhibit_first = 9 is above inhibit_most = 8"):
+        RoutingConfig(inhibit_first=9, inhibit_most=8)
