@@ -1,0 +1,226 @@
+"""Any causal language model of the transformers library, on CPU or GPU, several requests at once."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from stator.config import Config, Setting
+from stator.engines.sequence import Finish, Sequence, TokenChoice
+from stator.engines.step_thread import StepResult, StepThread
+from stator.engines.token_inbox import TokenInbox
+from stator.engines.translate import ModelLimits, sequence_for
+from stator.errors import ConfigError, EngineError, Overloaded
+from stator.llm.output import CompletionUsage, EngineOutput, TopLogprob
+from stator.llm.request import PreprocessedRequest
+from stator.runtime.context import Context
+from stator.worker.engine import EngineConfig, LLMEngine
+
+if TYPE_CHECKING:
+    from stator.engines.loading import LoadedModel
+
+__all__ = ["TransformersEngine", "TransformersOptions"]
+
+_JOIN_LIMIT = 20.0
+"""seconds a last step may take while the engine ends"""
+
+
+class TransformersOptions(Config, frozen=True, kw_only=True):
+    """Settings of the transformers engine."""
+
+    section: ClassVar[str] = "transformers"
+
+    model: Annotated[str, Setting(doc="model directory, or id on the Hugging Face hub")] = ""
+    name: Annotated[str, Setting(doc="model name to serve; empty: the model's own")] = ""
+    device: Annotated[str, Setting(doc="torch device, e.g. cpu or cuda:0; auto: a GPU if there is one")] = "auto"
+    dtype: Annotated[
+        str, Setting(doc="torch type of the weights, e.g. bfloat16; auto: the checkpoint's own on a GPU, float32 on the CPU")
+    ] = "auto"
+    context_length: Annotated[
+        int | None, Setting(doc="longest prompt and answer together; none: the model's limit", unit="tokens", ge=2)
+    ] = None
+    max_num_seqs: Annotated[int, Setting(doc="requests that generate at once", ge=1, le=4096)] = 16
+    max_batch_rows: Annotated[
+        int | None,
+        Setting(
+            doc="sequences per forward pass; none: all that generate; 1: each alone, bit for bit what generate() computes", ge=1
+        ),
+    ] = None
+    max_waiting: Annotated[int, Setting(doc="requests that may wait for a slot before others are refused", ge=0)] = 64
+    max_prefill_tokens: Annotated[
+        int, Setting(doc="prompt tokens read per step before running requests get their turn", unit="tokens", ge=1)
+    ] = 2048
+    threads: Annotated[int | None, Setting(doc="CPU threads of torch in this process; none: torch decides", ge=1)] = None
+    seed: Annotated[int | None, Setting(doc="seed of the seeds that requests without one get; none: unpredictable", ge=0)] = (
+        None
+    )
+
+
+class TransformersEngine(LLMEngine):
+    """Continuous batching over one model; what a request leaves open, the model's generation config decides.
+
+    With temperature 0, and for most models by default, the tokens are those of `model.generate(do_sample=False)`. In half
+    precision, and where two tokens are equally likely to the last digit, batching may round differently; `max_batch_rows=1`
+    never does. A request that is stopped, killed or abandoned gives up its slot before the next step.
+    """
+
+    options_type = TransformersOptions
+
+    def __init__(self, options: TransformersOptions) -> None:
+        """Raises `ConfigError` without a model."""
+        if not options.model:
+            raise ConfigError("the transformers engine needs a model: a directory or an id on the Hugging Face hub")
+        self._options = options
+        self._report: Callable[[str], None] = lambda text: None
+        self._seeds = random.Random(options.seed)
+        self._limits: ModelLimits | None = None
+        self._model: LoadedModel | None = None
+        self._steps: StepThread | None = None
+        self._inboxes: dict[Sequence, TokenInbox] = {}
+        self._of_context: dict[Context, TokenInbox] = {}
+
+    @property
+    def running(self) -> int:
+        """Slots in use."""
+        return self._steps.running if self._steps is not None else 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return self._steps.waiting if self._steps is not None else 0
+
+    def follow_progress(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    async def start(self, instance_id: int) -> EngineConfig:
+        """Loads the model in a thread.
+
+        Raises `ConfigError` for a missing extra, an unknown model or settings it cannot have.
+        """
+        loop = asyncio.get_running_loop()
+
+        def report(text: str) -> None:
+            loop.call_soon_threadsafe(self._report, text)
+
+        self._model = model = await asyncio.to_thread(_load, self._options, report)
+        self._limits = model.limits
+        self._steps = StepThread(
+            model.stepped,
+            loop=loop,
+            deliver=self._deliver,
+            max_running=self._options.max_num_seqs,
+            max_prefill_tokens=self._options.max_prefill_tokens,
+        )
+        return EngineConfig(
+            model=self._options.model,
+            card=model.card,
+            served_name=self._options.name or None,
+            context_length=model.limits.context_length,
+            max_num_seqs=self._options.max_num_seqs,
+            max_num_batched_tokens=self._options.max_prefill_tokens,
+        )
+
+    def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+        """Raises `Overloaded` at once when all slots and places in the queue are taken."""
+        self._check_room()
+        return self._answer(request, context)
+
+    def _check_room(self) -> None:
+        capacity = self._options.max_num_seqs + self._options.max_waiting
+        if len(self._inboxes) >= capacity:
+            raise Overloaded(f"{capacity} requests are running or waiting already", phase="accept")
+
+    async def _answer(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+        if self._steps is None or self._limits is None:
+            raise EngineError("the engine is not running", kind="EngineShutdown")
+        sequence = sequence_for(request, self._limits, random_seed=lambda: self._seeds.getrandbits(63))
+        if not sequence.max_tokens:
+            yield _output(sequence, [], 0, Finish("length"))
+            return
+        self._check_room()
+        inbox = self._inboxes[sequence] = self._of_context[context] = TokenInbox()
+        self._steps.submit(sequence)
+        count = 0
+        try:
+            while True:
+                choices, finish = await inbox.take()
+                count += len(choices)
+                if finish is None and context.is_stopped:
+                    finish = Finish("cancelled")
+                yield _output(sequence, choices, count, finish)
+                if finish is not None:
+                    return
+        finally:
+            del self._inboxes[sequence], self._of_context[context]
+            self._steps.withdraw(sequence)
+
+    def _deliver(self, results: list[StepResult]) -> None:
+        """One call per step, from the step thread."""
+        for result in results:
+            inbox = self._inboxes.get(result.sequence)
+            if inbox is not None:
+                error = result.error
+                inbox.put(result.choice, result.finish, None if error is None else _engine_error(error))
+
+    async def abort(self, context: Context) -> None:
+        """Wakes the request, which then ends as `cancelled` and gives up its slot."""
+        inbox = self._of_context.get(context)
+        if inbox is not None:
+            inbox.wake()
+
+    async def cleanup(self) -> None:
+        """Ends the step thread and lets go of the model; requests still running get an error."""
+        for inbox in self._inboxes.values():
+            inbox.put(None, None, EngineError("the engine is shutting down", kind="EngineShutdown"))
+        if self._steps is not None:
+            self._steps.close()
+            if not await asyncio.to_thread(self._steps.join, _JOIN_LIMIT):
+                raise EngineError(f"a step of the model took longer than {_JOIN_LIMIT:g} s", kind="EngineShutdown")
+        if self._model is not None:
+            await asyncio.to_thread(self._model.free)
+        self._model = None
+
+
+def _load(options: TransformersOptions, report: Callable[[str], None]) -> "LoadedModel":
+    """Import torch, transformers and what uses them, here and nowhere else: it takes seconds, and they are an extra."""
+    report("importing torch and transformers")
+    try:
+        from stator.engines.loading import load
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'the transformers engine needs {error.name}: pip install "stator[transformers]"') from error
+    return load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        context_length=options.context_length,
+        max_rows=options.max_batch_rows or options.max_num_seqs,
+        threads=options.threads,
+        report=report,
+    )
+
+
+def _engine_error(error: Exception) -> EngineError:
+    return error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
+
+
+def _output(sequence: Sequence, choices: list[TokenChoice], count: int, finish: Finish | None) -> EngineOutput:
+    """The next item: `count` tokens have been generated with these."""
+    token_ids = [choice.token_id for choice in choices]
+    if finish is None and sequence.sampling.logprobs is None:
+        return EngineOutput(token_ids=token_ids)
+    log_probs = top = usage = stop_reason = None
+    if sequence.sampling.logprobs is not None:
+        log_probs = [choice.logprob for choice in choices]
+        top = [[TopLogprob(rank=t.rank, token_id=t.token_id, logprob=t.logprob) for t in choice.top] for choice in choices]
+    if finish is not None:
+        prompt = sequence.prompt_length
+        usage = CompletionUsage(prompt_tokens=prompt, completion_tokens=count, total_tokens=prompt + count)
+        stop_reason = finish.token_id if finish.reason == "stop" else None
+    return EngineOutput(
+        token_ids=token_ids,
+        log_probs=log_probs,
+        top_logprobs=top,
+        finish_reason=finish.reason if finish is not None else None,
+        stop_reason=stop_reason,
+        completion_usage=usage,
+    )

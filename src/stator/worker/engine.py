@@ -1,0 +1,86 @@
+"""What an engine is: `generate` with a life cycle (`spec/45 §1`)."""
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+
+from stator.config import Config
+from stator.llm.card import ModelCard
+from stator.llm.output import EngineOutput
+from stator.llm.request import PreprocessedRequest
+from stator.runtime.context import Context
+
+__all__ = ["EngineConfig", "LLMEngine"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine knows of itself once it is ready. None: not advertised. Lengths are in tokens.
+
+    `card` describes the model's files; the worker fills in the served name and the limits below.
+    """
+
+    model: str
+    """the engine's own name of the model: a directory, an id or a word"""
+    card: ModelCard
+    served_name: str | None = None
+    """the name clients ask for; default: the card's"""
+    context_length: int | None = None
+    kv_cache_block_size: int | None = None
+    total_kv_blocks: int | None = None
+    max_num_seqs: int | None = None
+    """requests that generate at once"""
+    max_num_batched_tokens: int | None = None
+    runtime_data: dict[str, Any] | None = None
+    """anything else readers of the card may want"""
+
+
+class LLMEngine(Protocol):
+    """Generates tokens. Subclass it to inherit what is optional; the constructor takes one config struct, an `options_type`.
+
+    Order of calls: `follow_progress`, `start`, then `generate` and `abort` any number of times, `drain`, `cleanup`. `cleanup`
+    comes exactly once, also after a `start` that raised, never in parallel with it.
+    """
+
+    options_type: ClassVar[type[Config]] = Config
+
+    def follow_progress(self, report: Callable[[str], None]) -> None:
+        """From now until `start` returns, tell `report` in a few words what is being waited for.
+
+        Called in the event loop's thread.
+        """
+
+    @abstractmethod
+    async def start(self, instance_id: int) -> EngineConfig:
+        """Load the model; when it returns, `generate` works. `instance_id` is unique and stable for the life of the process.
+
+        Whatever it raises ends the worker with one line; a `StatorError`'s message is shown as it is.
+        """
+        ...
+
+    @abstractmethod
+    def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+        """Answer with one choice (index 0, unless `native_choices`): items in order, the last one has a `finish_reason`.
+
+        Called concurrently. Usually an async generator. A plain function returning an iterator may raise `Overloaded` at
+        once: the request is then refused and goes to another worker. Errors of the request are `EngineError` of kind
+        `InvalidArgument` (or ValueError), raised while iterating. Once `context.is_stopped`, end soon with the finish
+        reason `cancelled`; when the request is killed, the generator is cancelled at its await and must free everything.
+        """
+        ...
+
+    native_choices: ClassVar[bool] = False
+    """whether `generate` itself honours `sampling_options.n`; otherwise the worker calls it n times"""
+
+    async def abort(self, context: Context) -> None:
+        """The request was stopped or killed: wake it up, free its slot.
+
+        Not called at a normal end. Errors are logged and go no further.
+        """
+
+    async def drain(self) -> None:
+        """No new requests will come and those running have ended or are about to be killed: finish what outlives requests."""
+
+    async def cleanup(self) -> None:
+        """Free everything. Must do no harm after a `start` that failed half-way, without `start`, or when called again."""
