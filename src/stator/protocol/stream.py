@@ -42,14 +42,15 @@ class Phase(IntEnum):
 class Receiver:
     """State of the receiving half. Not a plane, not a task: methods are called in order of arrival and never block.
 
-    `items` holds what arrived and was not taken. `error` is meaningful once `phase` is ENDED: None means complete.
+    `items` holds what arrived and was not taken, decoded as `item_type` (any type msgspec can decode). `error` is meaningful once `phase` is ENDED: None means complete.
     `changed` is called after every step that a waiting reader may care about.
     """
 
-    __slots__ = ("error", "instance", "items", "phase")
+    __slots__ = ("error", "instance", "item_type", "items", "phase")
 
-    def __init__(self, *, instance: int = 0) -> None:
+    def __init__(self, *, instance: int = 0, item_type: Any = Any) -> None:
         self.instance = instance
+        self.item_type = item_type
         self.phase: Phase = Phase.CONNECT
         self.items: deque[Any] = deque()
         self.error: StatorError | None = None

@@ -5,7 +5,7 @@ item; one entry in the deadline wheel per stream, none per wait.
 """
 
 import asyncio
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -76,8 +76,8 @@ class Inbox(Receiver):
 
     __slots__ = ("_deadline", "_limits", "_look", "_since", "_waiter", "_wheel", "link", "slot")
 
-    def __init__(self, *, wheel: DeadlineWheel, limits: PhaseLimits, instance: int = 0) -> None:
-        super().__init__(instance=instance)
+    def __init__(self, *, wheel: DeadlineWheel, limits: PhaseLimits, instance: int = 0, item_type: Any = Any) -> None:
+        super().__init__(instance=instance, item_type=item_type)
         self.link: StreamLink = UNLINKED
         self.slot: set[Timed] | None = None
         self._wheel = wheel

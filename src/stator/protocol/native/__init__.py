@@ -1,0 +1,1 @@
+"""The native plane without I/O. Layout and rules: `docs/native-plane.md`."""

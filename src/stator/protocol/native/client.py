@@ -1,0 +1,260 @@
+"""The dialling end: opens streams, feeds their receivers, returns credit."""
+
+from collections.abc import Callable
+from functools import cache
+from struct import Struct
+from typing import Any
+
+import msgspec
+
+from stator.errors import Disconnected, Overloaded, PeerProtocolError, UsageError
+from stator.protocol.envelope import RequestEnvelope
+from stator.protocol.native.budget import ByteBudget
+from stator.protocol.native.frames import ACCEPT, CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame, pack_header
+from stator.protocol.native.hello import Goaway, Hello
+from stator.protocol.native.liveness import LivenessLimits
+from stator.protocol.native.outgoing import ITEM_OVERHEAD, RequestSender
+from stator.protocol.native.problem import decode_error
+from stator.protocol.native.session import Session
+from stator.protocol.stream import Phase, Receiver
+
+__all__ = ["ClientSession", "ClientStream"]
+
+_CREDIT = Struct(">I").pack
+_OPENING = Struct(">IH").pack
+_MAX_HEAD = 65000
+_MAX_STREAM = 2**32 - 1
+
+_encode_head = msgspec.json.Encoder().encode
+
+
+@cache
+def _decoders(item_type: Any) -> tuple[Callable[[bytes], list[Any]], Callable[[bytes], Any]]:
+    """How to read an ITEMS frame, and one item, of a type."""
+    decoder = msgspec.json.Decoder(item_type)
+    return decoder.decode_lines, decoder.decode
+
+
+class ClientStream:
+    """One open request; the `StreamLink` of its inbox."""
+
+    __slots__ = ("_fragments", "_lines", "_one", "_request", "_session", "_uncredited", "_unread", "_window", "number", "receiver")
+
+    def __init__(self, session: "ClientSession", number: int, receiver: Receiver, window: int) -> None:
+        self.number = number
+        self.receiver = receiver
+        self._session = session
+        self._window = window
+        self._uncredited = 0
+        self._unread = 0
+        self._fragments: list[bytes] | None = None
+        self._request: RequestSender | None = None
+        self._lines, self._one = _decoders(receiver.item_type)
+
+    # -- StreamLink
+
+    def stop(self) -> None:
+        if self._withdraw():
+            self.receiver.finish()
+        elif not self.receiver.ended:
+            self._session.outgoing.control(frame(STOP, self.number))
+
+    def kill(self) -> None:
+        if not self._withdraw():
+            self._session.kill(self)
+
+    def taken(self) -> None:
+        self._uncredited += self._unread
+        self._unread = 0
+        self._return_credit()
+
+    def _withdraw(self) -> bool:
+        """Take back a large request that has not left as a whole; the handler was not called then."""
+        request = self._request
+        if request is None or not self._session.outgoing.remove(request):
+            return False
+        if request.started:
+            self._session.kill(self)
+        else:
+            self._session.forget(self)
+        return True
+
+    def send_large(self, body: bytes) -> None:
+        self._request = RequestSender(self.number, body)
+        self._session.outgoing.ready(self._request)
+
+    # -- frames
+
+    def items(self, flags: int, count: int, payload: bytes) -> None:
+        if flags & MORE or self._fragments is not None:
+            self._fragment(flags, count, payload)
+            return
+        values = self._decode(self._lines, payload)
+        if values is None:
+            return
+        if len(values) != count:
+            raise PeerProtocolError(f"ITEMS frame announces {count} items and holds {len(values)}")
+        self._unread += len(payload) + ITEM_OVERHEAD * count
+        if self._unread > self._window + 2 * MAX_PAYLOAD:
+            raise PeerProtocolError(f"stream {self.number} sent {self._unread} bytes into a window of {self._window}")
+        self.receiver.receive(values)
+
+    def _fragment(self, flags: int, count: int, payload: bytes) -> None:
+        if self._fragments is None:
+            self._fragments = []
+        self._fragments.append(payload)
+        if (len(self._fragments) - 1) * MAX_PAYLOAD > self._session.hello.limits.item:
+            raise PeerProtocolError(f"item is larger than {self._session.hello.limits.item} bytes")
+        if flags & MORE:  # credited on arrival: an item larger than the window gets through
+            if count:
+                raise PeerProtocolError("a fragment of an item cannot end one")
+            self._uncredited += len(payload)
+            self._return_credit()
+            return
+        whole = b"".join(self._fragments)
+        self._fragments = None
+        if count != 1:
+            raise PeerProtocolError(f"the last fragment of an item announces {count} items")
+        self._unread += len(payload) + ITEM_OVERHEAD
+        value = self._decode(self._one, whole)
+        if value is not None or not self.receiver.ended:
+            self.receiver.receive((value,))
+
+    def _return_credit(self) -> None:
+        if self._uncredited * 2 >= self._window:
+            self._session.outgoing.control(frame(CREDIT, self.number, _CREDIT(self._uncredited)))
+            self._uncredited = 0
+
+    def _decode(self, decode: Callable[[bytes], Any], payload: bytes) -> Any:
+        """Decoded values, or None when the items are not of the caller's type: that ends this stream only."""
+        try:
+            return decode(payload)
+        except msgspec.ValidationError as error:
+            self.receiver.finish(PeerProtocolError(f"item does not fit {self.receiver.item_type}: {error}"))
+            self._session.kill(self)
+            return None
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise PeerProtocolError(f"ITEMS frame of stream {self.number} is not JSON: {error}") from error
+
+    def release(self, budget: ByteBudget) -> None:
+        """The stream is over for the client: return its window."""
+        budget.give(self._window)
+        self._window = 0
+        self._fragments = None
+
+
+class ClientSession(Session):
+    """Streams of one connection, seen from the client.
+
+    `streams` are open; `killed` are ids whose END has not come yet. Both together are limited by the peer's HELLO.
+    """
+
+    def __init__(
+        self,
+        *,
+        hello: Hello,
+        limits: LivenessLimits,
+        now: float,
+        wake: Callable[[], None],
+        greeted: Callable[[], None],
+        budget: ByteBudget,
+        away: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(hello=hello, limits=limits, now=now, wake=wake, greeted=greeted)
+        self.streams: dict[int, ClientStream] = {}
+        self.killed: set[int] = set()
+        self._budget = budget
+        self._last = _MAX_STREAM
+        self._away = away
+
+    @property
+    def open_streams(self) -> int:
+        return len(self.streams)
+
+    def open(self, path: str, envelope: RequestEnvelope, receiver: Receiver) -> ClientStream:
+        """Queue an OPEN; the answer goes to `receiver`. The peer's HELLO must have arrived.
+
+        Raises `UsageError` when the request is larger than the peer takes, `Overloaded` when the connection has no stream id left.
+        """
+        peer = self.peer
+        assert peer is not None, "open() before the peer's HELLO"
+        if len(envelope.payload) > peer.limits.request:
+            raise UsageError(f"the request has {len(envelope.payload)} bytes, the instance accepts {peer.limits.request}")
+        if len(self.streams) + len(self.killed) >= peer.limits.streams:
+            raise Overloaded(f"all {peer.limits.streams} streams of the connection are in use", instance=receiver.instance)
+        head = _encode_head((path, envelope.id, envelope.metadata, envelope.headers, envelope.deadline))
+        if len(head) > _MAX_HEAD:
+            raise UsageError(f"request id, metadata and headers have {len(head)} bytes, allowed are {_MAX_HEAD}")
+        number = self._number()
+        window = self._budget.window()
+        stream = self.streams[number] = ClientStream(self, number, receiver, window)
+        body = b"".join((_OPENING(window, len(head)), head, envelope.payload))
+        if len(body) <= MAX_PAYLOAD:
+            self.outgoing.control(pack_header(len(body), OPEN, 0, 0, number) + body)
+        else:
+            stream.send_large(body)
+        receiver.advance(Phase.ACCEPT)
+        return stream
+
+    def _number(self) -> int:
+        number = self._last
+        while True:
+            number = (number + 2) & _MAX_STREAM
+            if number not in self.streams and number not in self.killed:
+                self._last = number
+                return number
+
+    def stream_frame(self, kind: int, flags: int, count: int, number: int, payload: bytes) -> None:
+        stream = self.streams.get(number)
+        if stream is None:
+            if kind in (END, REFUSE):
+                self.killed.discard(number)
+            elif kind not in (ACCEPT, ITEMS, CREDIT):
+                self.unknown(kind, flags)
+        elif kind == ITEMS:
+            stream.items(flags, count, payload)
+        elif kind == END:
+            self.forget(stream)
+            stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance) if payload else None)
+        elif kind == ACCEPT:
+            stream.receiver.accept()
+        elif kind == REFUSE:
+            self.forget(stream)
+            stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance))
+        elif kind != CREDIT:
+            self.unknown(kind, flags)
+
+    def forget(self, stream: ClientStream) -> None:
+        """The stream is over on both sides."""
+        if self.streams.pop(stream.number, None) is not None:
+            stream.release(self._budget)
+
+    def kill(self, stream: ClientStream) -> None:
+        """The stream is over for us; its id stays taken until the worker's END."""
+        if stream.number in self.streams:
+            self.forget(stream)
+            self.killed.add(stream.number)
+            self.outgoing.control(frame(KILL, stream.number))
+
+    def went_away(self, goaway: Goaway) -> None:
+        """A draining worker answers what is open; one that saw broken bytes answers nothing more."""
+        if self._away is not None:
+            self._away()
+        if goaway.code == "protocol":
+            self.close(f"the worker closed the connection: {goaway.reason}")
+
+    def close(self, reason: str) -> None:
+        """The connection is over: cut every stream."""
+        self.killed.clear()
+        streams = list(self.streams.values())
+        for stream in streams:
+            self.forget(stream)
+            stream.receiver.cut(reason)
+
+    def refuse_unaccepted(self, instance: int, reason: str) -> None:
+        """The instance left discovery: fail what it has not accepted, leave the rest alone."""
+        for stream in list(self.streams.values()):
+            receiver = stream.receiver
+            if receiver.instance == instance and receiver.phase < Phase.FIRST_ITEM:
+                self.kill(stream)
+                receiver.finish(Disconnected(reason, instance=instance, phase=receiver.phase.label))

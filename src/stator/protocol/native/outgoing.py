@@ -1,0 +1,225 @@
+"""What leaves a native connection: control frames first, then one frame of each stream in turn (`docs/native-plane.md §6`)."""
+
+from collections import deque
+from collections.abc import Callable
+
+from stator.protocol.native.frames import ITEMS, MAX_PAYLOAD, MORE, OPEN, frame, pack_header
+
+__all__ = ["ITEM_OVERHEAD", "Outgoing", "RequestSender", "Sender"]
+
+ITEM_OVERHEAD = 64
+"""bytes an item is charged beyond its own, so that empty items are not free"""
+
+FLUSH_LIMIT = 1024 * 1024
+"""bytes of stream data one flush takes"""
+
+
+class Outgoing:
+    """Bytes on their way out of one connection. `wake` is called when there is something to send and there was nothing before."""
+
+    __slots__ = ("_awake", "_control", "_ready", "wake", "writable")
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.wake = wake
+        self.writable = True
+        """False while the transport asks its producers to pause"""
+        self._awake = False
+        self._control: list[bytes] = []
+        self._ready: deque[Sender | RequestSender] = deque()
+
+    def __len__(self) -> int:
+        return len(self._control) + len(self._ready)
+
+    def control(self, data: bytes) -> None:
+        """Queue a whole frame ahead of all stream data."""
+        self._control.append(data)
+        if not self._awake:
+            self._awake = True
+            self.wake()
+
+    def ready(self, sender: "Sender | RequestSender") -> None:
+        """`sender` has something and is not queued."""
+        self._ready.append(sender)
+        if not self._awake:
+            self._awake = True
+            self.wake()
+
+    def remove(self, sender: "Sender | RequestSender") -> bool:
+        """Forget a queued sender; False if it was not queued."""
+        try:
+            self._ready.remove(sender)
+        except ValueError:
+            return False
+        return True
+
+    def data_to_send(self) -> bytes:
+        """What to write now: every control frame, and stream data up to `FLUSH_LIMIT` unless the transport is paused.
+
+        `wake` is called again at once if something is left that may be written; after a pause call `resume`.
+        """
+        self._awake = False
+        out = self._control
+        self._control = []
+        if self.writable and self._ready:
+            ready = self._ready
+            budget = FLUSH_LIMIT
+            while ready and budget > 0:
+                sender = ready.popleft()
+                budget -= sender.fill(out)
+                if sender.queued:
+                    ready.append(sender)
+            if ready and not self._awake:
+                self._awake = True
+                self.wake()
+        return b"".join(out)
+
+    def resume(self) -> None:
+        """The transport takes data again."""
+        self.writable = True
+        if (self._ready or self._control) and not self._awake:
+            self._awake = True
+            self.wake()
+
+
+class Sender:
+    """The sending half of one stream's items: credit, what was encoded and not sent, and the end that follows it.
+
+    `push` is the token path. A subclass is told by `drained` when its queue has left and by `credited` when it may send again.
+    """
+
+    __slots__ = ("_end", "_offset", "_parts", "_size", "credit", "number", "outgoing", "queued")
+
+    def __init__(self, outgoing: Outgoing, number: int, credit: int) -> None:
+        self.outgoing = outgoing
+        self.number = number
+        self.credit = credit
+        self.queued = False
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._offset = 0
+        self._end: bytes | None = None
+
+    def drained(self) -> None:
+        """Everything queued has left."""
+
+    def credited(self) -> None:
+        """Credit arrived."""
+
+    @property
+    def waiting(self) -> int:
+        """Items queued and not sent."""
+        return len(self._parts)
+
+    def push(self, data: bytes) -> int:
+        """Queue one encoded item; the answer is the number of items now waiting for the flush."""
+        parts = self._parts
+        parts.append(data)
+        size = len(data) + 1
+        self._size += size
+        self.credit -= size + ITEM_OVERHEAD
+        if not self.queued:
+            self.queued = True
+            self.outgoing.ready(self)
+        return len(parts)
+
+    def finish(self, end: bytes) -> None:
+        """Queue the END frame behind the items."""
+        self._end = end
+        if not self.queued:
+            self.queued = True
+            self.outgoing.ready(self)
+
+    def grant(self, amount: int) -> None:
+        """A CREDIT frame arrived."""
+        self.credit += amount
+        self.credited()
+
+    def drop(self) -> None:
+        """Send nothing more of this stream."""
+        self._parts.clear()
+        self._size = self._offset = 0
+        self._end = None
+        if self.queued:
+            self.outgoing.remove(self)
+            self.queued = False
+
+    def fill(self, out: list[bytes]) -> int:
+        """Append one frame (and the END, if it comes next) to `out`; returns the bytes taken. Clears `queued` when nothing is left."""
+        size = self._size
+        if size <= MAX_PAYLOAD and not self._offset:
+            parts = self._parts
+            if parts:
+                count = len(parts)
+                parts.append(b"")
+                out.append(pack_header(size, ITEMS, 0, count, self.number))
+                out.append(b"\n".join(parts))
+                parts.clear()
+                self._size = 0
+        else:
+            size = self._fill_large(out)
+        if not self._parts:
+            if self._end is not None:
+                out.append(self._end)
+                self._end = None
+            self.queued = False
+            self.drained()
+        return size
+
+    def _fill_large(self, out: list[bytes]) -> int:
+        """More than a frame holds: as many whole items as fit, or one fragment of an item that does not."""
+        parts = self._parts
+        first = parts[0]
+        if len(first) + 1 > MAX_PAYLOAD:
+            return self._fragment(out, first)
+        taken = size = 0
+        while taken < len(parts) and size + len(parts[taken]) + 1 <= MAX_PAYLOAD:
+            size += len(parts[taken]) + 1
+            taken += 1
+        batch = parts[:taken]
+        batch.append(b"")
+        del parts[:taken]
+        out.append(pack_header(size, ITEMS, 0, taken, self.number))
+        out.append(b"\n".join(batch))
+        self._size -= size
+        return size
+
+    def _fragment(self, out: list[bytes], item: bytes) -> int:
+        piece = item[self._offset : self._offset + MAX_PAYLOAD]
+        size = len(piece)
+        self._offset += size
+        if self._offset < len(item) or size == MAX_PAYLOAD:
+            out.append(pack_header(size, ITEMS, MORE, 0, self.number))
+        else:
+            out.append(pack_header(size + 1, ITEMS, 0, 1, self.number))
+            piece += b"\n"
+            size += 1
+            self._offset = 0
+            del self._parts[0]
+        out.append(piece)
+        self._size -= size
+        return size
+
+
+class RequestSender:
+    """An OPEN message larger than one frame, on its way out piece by piece."""
+
+    __slots__ = ("_body", "_offset", "number", "queued")
+
+    def __init__(self, number: int, body: bytes) -> None:
+        self.number = number
+        self.queued = True
+        self._body = body
+        self._offset = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether a part of it has left."""
+        return self._offset > 0
+
+    def fill(self, out: list[bytes]) -> int:
+        """Append the next fragment."""
+        piece = self._body[self._offset : self._offset + MAX_PAYLOAD]
+        self._offset += len(piece)
+        self.queued = self._offset < len(self._body)
+        out.append(frame(OPEN, self.number, piece, flags=MORE if self.queued else 0))
+        return len(piece)

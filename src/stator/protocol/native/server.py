@@ -1,0 +1,235 @@
+"""The answering end: takes OPENs to their endpoint, sends items and ends under the client's credit."""
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from stator.errors import Cancelled, Overloaded, PeerProtocolError, StatorError, Unavailable
+from stator.protocol.envelope import IncomingRequest
+from stator.protocol.native.budget import ByteBudget
+from stator.protocol.native.frames import ACCEPT, CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame
+from stator.protocol.native.hello import Goaway, Hello
+from stator.protocol.native.liveness import LivenessLimits
+from stator.protocol.native.outgoing import Outgoing, Sender
+from stator.protocol.native.problem import encode_error
+from stator.protocol.native.session import Session
+from stator.protocol.values import decode_value
+
+__all__ = ["ServerSession", "ServerStream"]
+
+_OPENING = Struct(">IH")
+_CREDIT = Struct(">I")
+_Head = tuple[str, str, dict[str, str], dict[str, str], float | None]
+_decode_head = msgspec.json.Decoder(_Head).decode
+
+
+class Control(Protocol):
+    """What may be done to a running request (`stator.transports.plane.RequestControl`)."""
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class ServerStream(Sender):
+    """One request being answered. `accept`, `end` and `refuse` are the sans-IO half of a `Responder`."""
+
+    __slots__ = ("_session", "control", "dead")
+
+    def __init__(self, session: "ServerSession", number: int, credit: int) -> None:
+        super().__init__(session.outgoing, number, credit)
+        self.control: Control | None = None
+        self.dead = False
+        """nothing more leaves: ended, refused, killed or cut"""
+        self._session = session
+
+    def accept(self) -> None:
+        if not self.dead:
+            self.outgoing.control(frame(ACCEPT, self.number))
+
+    def refuse(self, error: StatorError) -> None:
+        if not self.dead:
+            self._close()
+            self.outgoing.control(frame(REFUSE, self.number, encode_error(error)))
+
+    def end(self, error: StatorError | None = None) -> None:
+        if not self.dead:
+            self._close()
+            self.finish(frame(END, self.number, b"" if error is None else encode_error(error)))
+
+    def cancel(self) -> None:
+        """KILL arrived: answer it, drop what is queued, tell the handler."""
+        if not self.dead:
+            self._close()
+            self.drop()
+            self.outgoing.control(frame(END, self.number, encode_error(Cancelled("killed by the client"))))
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Nobody listens any more: tell the handler."""
+        self.dead = True
+        self.credited()
+        if self.control is not None:
+            self.control.kill()
+
+    def _close(self) -> None:
+        self.dead = True
+        self._session.streams.pop(self.number, None)
+
+
+S = TypeVar("S", bound=ServerStream)
+RequestSink = Callable[[IncomingRequest, Any], Control]
+
+
+class _Arriving:
+    """An OPEN of several frames. `refused`: its rest is skipped."""
+
+    __slots__ = ("parts", "refused", "size")
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.refused = False
+
+    def refuse(self) -> int:
+        """Let go of what has arrived; returns its bytes."""
+        size, self.size = self.size, 0
+        self.parts.clear()
+        self.refused = True
+        return size
+
+
+class ServerSession(Session):
+    """Streams of one connection, seen from the worker. `lookup(path)` finds the sink of an endpoint, `make` builds its responder."""
+
+    def __init__(
+        self,
+        *,
+        hello: Hello,
+        limits: LivenessLimits,
+        now: float,
+        wake: Callable[[], None],
+        greeted: Callable[[], None],
+        budget: ByteBudget,
+        lookup: Callable[[str], RequestSink | None],
+        make: Callable[["ServerSession", int, int], ServerStream] = ServerStream,
+    ) -> None:
+        super().__init__(hello=hello, limits=limits, now=now, wake=wake, greeted=greeted)
+        self.streams: dict[int, ServerStream] = {}
+        self.last = 0
+        """the stream id taken last"""
+        self.draining = False
+        self._budget = budget
+        self._lookup = lookup
+        self._make = make
+        self._arriving: dict[int, _Arriving] = {}
+
+    @property
+    def open_streams(self) -> int:
+        return len(self.streams) + len(self._arriving)
+
+    def stream_frame(self, kind: int, flags: int, count: int, number: int, payload: bytes) -> None:
+        if kind == OPEN:
+            self._open_frame(flags, number, payload)
+            return
+        stream = self.streams.get(number)
+        if kind == CREDIT:
+            if len(payload) != 4:
+                raise PeerProtocolError(f"CREDIT has {len(payload)} bytes instead of 4")
+            if stream is not None:
+                stream.grant(_CREDIT.unpack(payload)[0])
+        elif kind == KILL:
+            if stream is not None:
+                stream.cancel()
+            elif number in self._arriving:
+                self._drop_arriving(number)
+                self.outgoing.control(frame(END, number, encode_error(Cancelled("killed by the client"))))
+        elif kind == STOP:
+            if stream is not None and stream.control is not None:
+                stream.control.stop()
+        elif kind not in (ITEMS, END):
+            self.unknown(kind, flags)
+
+    def _open_frame(self, flags: int, number: int, payload: bytes) -> None:
+        if not number & 1:
+            raise PeerProtocolError(f"stream id {number} is even")
+        if number in self.streams:
+            raise PeerProtocolError(f"stream id {number} is in use")
+        arriving = self._arriving.get(number)
+        if arriving is None and not flags & MORE:
+            self._open(number, payload)
+            return
+        if arriving is None:
+            if self.open_streams >= self.hello.limits.streams:
+                raise PeerProtocolError(f"more than {self.hello.limits.streams} streams")
+            arriving = self._arriving[number] = _Arriving()
+        if not arriving.refused:
+            self._collect(arriving, number, payload)
+        if not flags & MORE:
+            refused, body = arriving.refused, b"".join(arriving.parts)
+            self._drop_arriving(number)
+            if not refused:
+                self._open(number, body)
+
+    def _collect(self, arriving: _Arriving, number: int, payload: bytes) -> None:
+        if arriving.size + len(payload) > self.hello.limits.request + 2 * MAX_PAYLOAD:
+            raise PeerProtocolError(f"request is larger than {self.hello.limits.request} bytes")
+        try:
+            self._budget.take(len(payload))
+        except Overloaded as error:
+            self._budget.give(arriving.refuse())
+            self.outgoing.control(frame(REFUSE, number, encode_error(error)))
+            return
+        arriving.parts.append(payload)
+        arriving.size += len(payload)
+
+    def _drop_arriving(self, number: int) -> None:
+        self._budget.give(self._arriving.pop(number).size)
+
+    def _open(self, number: int, body: bytes) -> None:
+        if len(body) < _OPENING.size:
+            raise PeerProtocolError(f"OPEN has only {len(body)} bytes")
+        credit, head_length = _OPENING.unpack_from(body)
+        start = _OPENING.size + head_length
+        if start > len(body):
+            raise PeerProtocolError(f"OPEN announces a head of {head_length} bytes and has {len(body) - _OPENING.size}")
+        try:
+            path, id, metadata, headers, deadline = _decode_head(body[_OPENING.size : start])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise PeerProtocolError(f"head of OPEN cannot be read: {error}") from error
+        if len(self.streams) >= self.hello.limits.streams:
+            raise PeerProtocolError(f"more than {self.hello.limits.streams} streams")
+        self.last = number
+        stream = self._make(self, number, credit)
+        self.streams[number] = stream
+        try:
+            sink = self._lookup(path)
+            if sink is None:
+                raise Unavailable(f"unknown endpoint {path!r}")
+            if self.draining:
+                raise Unavailable("the worker is draining")
+            request = IncomingRequest(
+                id=id, body=decode_value(body[start:], "json"), metadata=metadata, headers=headers, deadline=deadline
+            )
+            control = sink(request, stream)
+        except StatorError as error:
+            stream.refuse(error)
+            return
+        stream.control = control
+
+    def drain(self) -> None:
+        """Refuse what comes from now on, and say so."""
+        if not self.draining:
+            self.draining = True
+            self.say_goodbye(Goaway(last=self.last, reason="draining"))
+
+    def close(self) -> None:
+        """The connection is over: tell every handler."""
+        for number in list(self._arriving):
+            self._drop_arriving(number)
+        streams = list(self.streams.values())
+        self.streams.clear()
+        for stream in streams:
+            stream.abandon()

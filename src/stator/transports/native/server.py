@@ -1,0 +1,184 @@
+"""The worker's side of the native plane: a TCP listener, a Unix socket, a pulse."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import stat
+from pathlib import Path
+
+import msgspec
+
+from stator.clock import Clock
+from stator.errors import ConnectFailed, StatorError
+from stator.protocol.native.budget import ByteBudget
+from stator.protocol.native.hello import VERSION, Hello, Limits
+from stator.protocol.native.liveness import WORKER_LIMITS, Verdict
+from stator.protocol.native.server import ServerSession
+from stator.protocol.records import EndpointRecord, NativeAddress
+from stator.tasks import DeadlineWheel
+from stator.transports.native.config import NativeConfig
+from stator.transports.native.connection import Connection
+from stator.transports.native.outbox import Outbox
+from stator.transports.native.pulse import Pulse
+from stator.transports.plane import RequestSink
+
+__all__ = ["NativeServer"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_PATH = 100
+_BACKLOG = 1024
+
+
+class NativeServer:
+    """`PlaneServer` of the native plane. Made by `NativeServer.listen`."""
+
+    def __init__(self, *, config: NativeConfig, process: str, advertise_host: str, wheel: DeadlineWheel) -> None:
+        self._config = config
+        self._process = process
+        self._advertise_host = advertise_host
+        self._wheel = wheel
+        self._sinks: dict[str, RequestSink] = {}
+        self._sessions: dict[Connection, ServerSession] = {}
+        self._servers: list[asyncio.Server] = []
+        self._pulse: Pulse | None = None
+        self._path = ""
+        self._address = ""
+        self._draining = False
+        self._hello = Hello(
+            process=process, role="worker", limits=Limits(item=config.max_item, request=config.max_request)
+        )
+        self._budget = ByteBudget(total=config.credit_budget, most=config.window)
+
+    @classmethod
+    async def listen(
+        cls,
+        *,
+        config: NativeConfig,
+        process: str,
+        advertise_host: str,
+        socket_directory: Path | None,
+        wheel: DeadlineWheel,
+        clock: Clock,
+    ) -> "NativeServer":
+        """Open the listeners. `advertise_host` is what goes into records (never a wildcard); `socket_directory` must exist with mode
+        0700, None means no Unix socket. Raises `ConnectFailed` when the address cannot be bound; nothing is left open then.
+        """
+        server = cls(config=config, process=process, advertise_host=advertise_host, wheel=wheel)
+        try:
+            await server._start(socket_directory, clock)
+        except OSError as error:
+            await server.aclose()
+            raise ConnectFailed(f"cannot listen on {config.host}:{config.port}: {error}") from error
+        return server
+
+    async def _start(self, socket_directory: Path | None, clock: Clock) -> None:
+        loop = self._wheel.loop
+        config = self._config
+        tcp = await loop.create_server(self._accept, config.host, config.port, backlog=_BACKLOG)
+        self._servers.append(tcp)
+        self._address = _join(self._advertise_host, tcp.sockets[0].getsockname()[1])
+        if config.pulse:
+            self._pulse = Pulse(config.host, self._process, clock)
+            self._pulse.start(loop)
+        if config.unix and socket_directory is not None:
+            await self._start_unix(socket_directory)
+
+    async def _start_unix(self, directory: Path) -> None:
+        path = str(directory / f"{self._process[:16]}.sock")
+        if len(path.encode()) > _LONGEST_PATH:
+            logger.info("no Unix socket: its path would have more than %d bytes", _LONGEST_PATH)
+            return
+        mode = await asyncio.to_thread(os.stat, directory)
+        if mode.st_uid != os.getuid() or stat.S_IMODE(mode.st_mode) & 0o077:
+            logger.warning("no Unix socket: its directory must belong to this user with mode 0700")
+            return
+        self._servers.append(await self._wheel.loop.create_unix_server(self._accept, path, backlog=_BACKLOG))
+        self._path = path
+
+    @property
+    def address(self) -> str:
+        """`host:port` as advertised."""
+        return self._address
+
+    @property
+    def open_streams(self) -> int:
+        """Requests arriving or being answered."""
+        return sum(session.open_streams for session in self._sessions.values())
+
+    # -- PlaneServer
+
+    def register(self, path: str, sink: RequestSink) -> None:
+        self._sinks[path] = sink
+
+    def unregister(self, path: str) -> None:
+        self._sinks.pop(path, None)
+
+    def describe(self, record: EndpointRecord, path: str) -> EndpointRecord:
+        pulse = _join(self._advertise_host, self._pulse.port) if self._pulse is not None else ""
+        native = NativeAddress(plane=VERSION, address=self._address, process=self._process, pulse=pulse, path=self._path)
+        return msgspec.structs.replace(record, stator=native)
+
+    def drain(self) -> None:
+        self._draining = True
+        for session in self._sessions.values():
+            session.drain()
+
+    async def aclose(self) -> None:
+        for server in self._servers:
+            server.close()
+        if self._path:
+            path, self._path = self._path, ""
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(os.unlink, path)
+        for connection in tuple(self._sessions):
+            connection.close(ConnectFailed("the worker closed its plane"))
+        for server in self._servers:
+            await _closed(server)
+        self._servers.clear()
+        if self._pulse is not None:
+            pulse, self._pulse = self._pulse, None
+            await pulse.aclose()
+
+    # -- connections
+
+    def _accept(self) -> asyncio.Protocol:
+        connection = Connection(wheel=self._wheel, lost=self._lost, judged=self._judged)
+        session = ServerSession(
+            hello=self._hello,
+            limits=WORKER_LIMITS,
+            now=self._wheel.now(),
+            wake=connection.wake,
+            greeted=lambda: None,
+            budget=self._budget,
+            lookup=self._sinks.get,
+            make=Outbox,
+        )
+        if self._draining:
+            session.drain()
+        connection.attach(session)
+        self._sessions[connection] = session
+        return connection
+
+    def _lost(self, connection: Connection, reason: StatorError) -> None:
+        session = self._sessions.pop(connection, None)
+        if session is not None:
+            session.close()
+
+    def _judged(self, connection: Connection, verdict: Verdict) -> None:
+        if verdict is Verdict.DEAD:
+            logger.warning("a client was silent for %s s with requests open; closing its connection", WORKER_LIMITS.dead)
+            connection.abort(ConnectFailed("the client was silent for too long"))
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _closed(server: asyncio.Server) -> None:
+    """Wait for the listener (bounded: on Python ≥ 3.12 this waits for its connections too, which are being closed)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(2.0):
+            await server.wait_closed()
