@@ -46,10 +46,10 @@ def config_classes() -> list[type[Config]]:
 def page(classes: list[type[Config]]) -> str:
     """The whole of `docs/settings.md`."""
     parts = [INTRODUCTION]
-    for config in classes:
-        summary = (config.__doc__ or "").strip().splitlines()[:1]
+    for config in filter(fields_of, classes):
+        summary = " ".join((config.__doc__ or "").split("\n\n")[0].split())
         title = f"`[{config.section}]` · {config.__name__}" if config.section else config.__name__
-        parts.append("\n".join(["", f"## {title}", "", *summary, *([""] if summary else [])]))
+        parts.append(f"\n## {title}\n\n{summary}\n\n")
         parts.append("| variable | default | expects | meaning | reference |\n|---|---|---|---|---|\n")
         parts.extend(map(_row, describe(config)))
     return "".join(parts)

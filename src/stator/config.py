@@ -14,6 +14,7 @@ import math
 import re
 import types
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -26,7 +27,7 @@ __all__ = ["Config", "Field", "Secret", "Setting", "fields_of", "parse_text"]
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|kib|mib|gib)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(b|kib|mib|gib)?", re.IGNORECASE)
 _SCALE = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -155,9 +156,17 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
         if setting.unit:
             noun += f" of {'seconds' if setting.unit == 's' else setting.unit}"
         if setting.ge is not None and setting.le is not None:
-            return f"{noun} from {setting.ge:g} to {setting.le:g}"
+            return f"{noun} from {self.number(setting.ge)} to {self.number(setting.le)}"
         signs = (("≥", setting.ge), (">", setting.gt), ("≤", setting.le), ("<", setting.lt))
-        return " ".join((noun, " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None))).rstrip()
+        return " ".join((noun, " and ".join(f"{sign} {self.number(end)}" for sign, end in signs if end is not None))).rstrip()
+
+    def number(self, value: float) -> str:
+        """`value` for people: sizes in the largest unit that has it whole, no exponents."""
+        if self.setting.unit == "bytes":
+            for unit in ("GiB", "MiB", "KiB"):
+                if value and value % _SCALE[unit.lower()] == 0:
+                    return f"{int(value) // _SCALE[unit.lower()]} {unit}"
+        return str(int(value)) if value == int(value) else str(value)
 
     def _fits(self, value: object) -> bool:
         match self.kind:
@@ -179,7 +188,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     def _in_range(self, value: float) -> bool:
         setting = self.setting
         return (
-            math.isfinite(value)
+            (abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value))
             and (setting.ge is None or value >= setting.ge)
             and (setting.gt is None or value > setting.gt)
             and (setting.le is None or value <= setting.le)
@@ -287,11 +296,7 @@ def _parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a number of bytes")
-    size = (
-        float(match[1]) * _SCALE[(match[2] or "").lower()]
-        if "." in match[1]
-        else int(match[1]) * _SCALE[(match[2] or "").lower()]
-    )
-    if size != int(size):
+    size = Fraction(match[1]) * _SCALE[(match[2] or "").lower()]
+    if size.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number of bytes")
     return int(size)

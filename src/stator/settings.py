@@ -16,7 +16,6 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar, cast
 
@@ -45,6 +44,8 @@ Environment = Mapping[str, str]
 CONFIG_VARIABLE = "STATOR_CONFIG"
 # The blocks of variables that the reference validates as a whole and whose errors abort it (spec/25 §1.1).
 _BLOCKS = ("DYN_RUNTIME_", "DYN_SYSTEM_", "DYN_COMPUTE_", "DYN_HEALTH_CHECK_", "DYN_CANARY_")
+# The keys of all settings in the package, so that a worker knows a frontend's. Written by docs/settings_page.py.
+_SHIPPED_KEYS = frozenset(Path(__file__).with_name("known_settings.txt").read_text("utf-8").split())
 # Kubernetes announces each service to all pods; one called "stator" or "stator-frontend" must not look like our settings.
 _SERVICE_LINK = re.compile(r"STATOR\w*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
@@ -78,14 +79,14 @@ def check_names(known: Iterable[type[Config]] = (), env: Environment | None = No
     The settings of Stator itself are always known, whether their rooms are imported or not; `known` adds those of plug-ins.
     """
     env = os.environ if env is None else env
-    keys = set(_shipped_keys())
+    keys = set(_SHIPPED_KEYS)
     for config in known:
         for field in fields_of(config):
             keys.update(field.keys)
     variables = {CONFIG_VARIABLE, *("STATOR_" + key.replace(".", "_").upper() for key in keys)}
     for name in sorted(env):
         if name.startswith("STATOR_") and name not in variables and not _is_service_link(name, env[name]):
-            raise ConfigError(f"no setting is called {_suggest(name, variables)}")
+            raise ConfigError(f"no setting is called {_suggest(name, variables, prefix='STATOR_')}")
     for key in _flatten(_read_file(env)):
         if key not in keys:
             raise ConfigError(f"{env[CONFIG_VARIABLE]}: no setting is called {_suggest(key, keys)}")
@@ -296,19 +297,14 @@ def _flatten(file: dict[str, Any]) -> list[str]:
     return keys
 
 
-@cache
-def _shipped_keys() -> tuple[str, ...]:
-    """The keys of all settings in the package, so that a worker knows a frontend's. Written by `docs/settings_page.py`."""
-    return tuple(Path(__file__).with_name("known_settings.txt").read_text("utf-8").split())
-
-
 def _is_service_link(name: str, value: str) -> bool:
     return _SERVICE_LINK.fullmatch(name) is not None or (name.endswith("_PORT") and _SERVICE_URL.match(value) is not None)
 
 
-def _suggest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-    return f"{name!r}; did you mean {near[0]!r}?" if near else f"{name!r}"
+def _suggest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """`name` quoted, with the nearest of `names` if there is one; what all have in common makes none near."""
+    near = difflib.get_close_matches(name.removeprefix(prefix), sorted(known.removeprefix(prefix) for known in names), n=1)
+    return f"{name!r}; did you mean {prefix + near[0]!r}?" if near else f"{name!r}"
 
 
 def _show_default(field: Field) -> str:
@@ -319,11 +315,9 @@ def _show_default(field: Field) -> str:
         return "none"
     if field.many:
         return ",".join(map(str, value)) or "(empty)"
-    if field.setting.unit == "bytes":
-        for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-            if value and value % scale == 0:
-                return f"{value // scale} {unit}"
-    return str(value).lower() if field.kind == "bool" else f"{value:g}" if field.kind == "float" else str(value) or "(empty)"
+    if field.kind in ("int", "float"):
+        return field.number(value)
+    return str(value).lower() if field.kind == "bool" else str(value) or "(empty)"
 
 
 def _make_private(path: Path) -> None:

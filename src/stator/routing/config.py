@@ -32,7 +32,7 @@ class RoutingConfig(Config, frozen=True, kw_only=True):
         float, Setting(doc="how long an instance that refused as overloaded is left alone", unit="s", gt=0)
     ] = 5.0
     retry_ratio: Annotated[float, Setting(doc="retries allowed per request, on average", ge=0, le=1)] = 0.2
-    retry_rate: Annotated[float, Setting(doc="retries allowed beside that", unit="per second", ge=0)] = 10.0
+    retry_rate: Annotated[float, Setting(doc="retries allowed per second beside that", ge=0)] = 10.0
     attempts: Annotated[int, Setting(doc="instances that one request may try", ge=1, le=256)] = 16
 
     def check(self) -> None:
