@@ -11,6 +11,7 @@ from stator.errors import ConnectFailed
 from stator.tasks import DeadlineWheel, SystemClock
 from stator.testing.plane_suite import PlanePair, PlaneSuite
 from stator.transports.native import NativeClient, NativeConfig, NativeServer
+from stator.transports.plane import PlaneHost
 
 
 class TestNativeTcp(PlaneSuite):
@@ -19,18 +20,23 @@ class TestNativeTcp(PlaneSuite):
     @asynccontextmanager
     async def pair(self) -> AsyncIterator[PlanePair]:
         loop = asyncio.get_running_loop()
-        server_wheel, client_wheel = DeadlineWheel(loop), DeadlineWheel(loop)
-        config = NativeConfig(unix=self.unix)
         with tempfile.TemporaryDirectory() as directory:
-            server = await NativeServer.listen(
-                config=config,
-                process="a" * 32,
-                advertise_host="127.0.0.1",
-                socket_directory=Path(directory),
-                wheel=server_wheel,
-                clock=SystemClock(),
-            )
-            client = await NativeClient.start(config=config, process="b" * 32, wheel=client_wheel, random=Random(1))
+
+            def host(process: str) -> PlaneHost:
+                return PlaneHost(
+                    process=process * 32,
+                    bind_host="127.0.0.1",
+                    advertise_host="127.0.0.1",
+                    socket_directory=Path(directory),
+                    wheel=DeadlineWheel(loop),
+                    clock=SystemClock(),
+                    random=Random(1),
+                    observer=None,
+                )
+
+            config = NativeConfig(unix=self.unix)
+            server = await NativeServer.listen(config, host("a"))
+            client = await NativeClient.start(config, host("b"))
 
             def cut() -> None:
                 for line in client._lines.values():  # pyright: ignore[reportPrivateUsage]

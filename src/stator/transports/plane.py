@@ -5,15 +5,32 @@ A plane carries meaning, it has none of its own: prologue, items, sentinel, stop
 (`stator.testing.plane_suite`) holds every plane to them.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol, TypeVar
 
+import msgspec
+
+from stator import settings
+from stator.clock import Clock
+from stator.config import Config
 from stator.errors import StatorError
 from stator.protocol.envelope import IncomingRequest, RequestEnvelope
 from stator.protocol.records import EndpointRecord
+from stator.tasks import DeadlineWheel
 from stator.transports.inbox import Inbox
 
-__all__ = ["PlaneClient", "PlaneServer", "RequestControl", "RequestSink", "Responder"]
+__all__ = [
+    "InstanceObserver",
+    "Plane",
+    "PlaneClient",
+    "PlaneHost",
+    "PlaneServer",
+    "RequestControl",
+    "RequestSink",
+    "Responder",
+]
 
 
 class RequestControl(Protocol):
@@ -110,4 +127,64 @@ class PlaneClient(Protocol):
         ...
 
 
-ServerFactory = Callable[..., PlaneServer]
+class InstanceObserver(Protocol):
+    """Who wants to know how instances fare between requests. Called on the loop; must not block or raise."""
+
+    def suspect(self, instance: int) -> None:
+        """Silent with requests open."""
+        ...
+
+    def recovered(self, instance: int) -> None:
+        """Heard of again."""
+        ...
+
+    def lost(self, instance: int, reason: str) -> None:
+        """Its connection ended while requests were open, or it was declared dead."""
+        ...
+
+    def draining(self, instance: int) -> None:
+        """It takes nothing new."""
+        ...
+
+
+C = TypeVar("C", bound=Config)
+
+
+class PlaneHost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process gives to its planes."""
+
+    process: str
+    """random id of this process, 32 hex digits"""
+    bind_host: str
+    """address listeners bind to"""
+    advertise_host: str
+    """address written into records: never a wildcard"""
+    socket_directory: Path | None
+    """for Unix sockets: exists, is ours, mode 0700; None: no Unix sockets"""
+    wheel: DeadlineWheel
+    clock: Clock
+    random: Random
+    observer: InstanceObserver | None
+    overrides: Mapping[str, Any] = {}
+    """settings given as arguments, by `section.field`"""
+
+    def load(self, config: type[C]) -> C:
+        """The plane's own settings."""
+        prefix = f"{config.section}."
+        own = {key.removeprefix(prefix): value for key, value in self.overrides.items() if key.startswith(prefix)}
+        return settings.load(config, own)
+
+
+class Plane(Protocol):
+    """How a plane is plugged in: what the entry points of group `stator.transports` name, called without arguments."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def listen(self, host: PlaneHost) -> PlaneServer:
+        """The worker's side. Raises `ConnectFailed` when an address cannot be bound; nothing is left open then."""
+        ...
+
+    async def connect(self, host: PlaneHost) -> PlaneClient:
+        """The caller's side; connections to workers are made on first use."""
+        ...

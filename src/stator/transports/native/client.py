@@ -4,8 +4,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from random import Random
-from typing import Protocol
 
 from stator.errors import ConnectFailed, StatorError, Timeout
 from stator.protocol.envelope import RequestEnvelope
@@ -15,35 +13,16 @@ from stator.protocol.native.client import ClientSession
 from stator.protocol.native.hello import VERSION, Hello, Limits
 from stator.protocol.native.liveness import LivenessLimits, Verdict
 from stator.protocol.records import EndpointRecord, NativeAddress
-from stator.tasks import DeadlineWheel, Scope
+from stator.tasks import Scope
 from stator.transports.inbox import Inbox
 from stator.transports.native.config import NativeConfig
 from stator.transports.native.connection import Connection
 from stator.transports.native.pulse import PulseProbe
+from stator.transports.plane import InstanceObserver, PlaneHost
 
-__all__ = ["InstanceObserver", "NativeClient"]
+__all__ = ["NativeClient"]
 
 logger = logging.getLogger(__name__)
-
-
-class InstanceObserver(Protocol):
-    """Who wants to know how instances fare between requests. Called on the loop; must not block or raise."""
-
-    def suspect(self, instance: int) -> None:
-        """Silent with requests open."""
-        ...
-
-    def recovered(self, instance: int) -> None:
-        """Heard of again."""
-        ...
-
-    def lost(self, instance: int, reason: str) -> None:
-        """Its connection ended while requests were open, or it was declared dead."""
-        ...
-
-    def draining(self, instance: int) -> None:
-        """It takes nothing new."""
-        ...
 
 
 class _Line:
@@ -67,35 +46,26 @@ class _Line:
 class NativeClient:
     """`PlaneClient` of the native plane. Made by `NativeClient.start`."""
 
-    def __init__(
-        self, *, config: NativeConfig, process: str, wheel: DeadlineWheel, random: Random, observer: InstanceObserver | None
-    ) -> None:
+    def __init__(self, config: NativeConfig, host: PlaneHost) -> None:
         self._config = config
-        self._wheel = wheel
-        self._observer = observer
+        self._wheel = host.wheel
+        self._observer = host.observer
         self._lines: dict[str, _Line] = {}
         self._dials = Scope("native dials")
         self._dialling: dict[str, asyncio.Task[_Line]] = {}
         self._no_unix: set[str] = set()
         self._budget = ByteBudget(total=config.credit_budget, most=config.window)
-        self._probe = PulseProbe(random)
-        self._hello = Hello(process=process, role="client", limits=Limits(item=config.max_item, request=config.max_request))
+        self._probe = PulseProbe(host.random)
+        limits = Limits(item=config.max_item, request=config.max_request)
+        self._hello = Hello(process=host.process, role="client", limits=limits)
         self._limits = LivenessLimits(silence=config.silence, answer=config.suspect_after, dead=config.dead_after)
         self._closed = False
 
     @classmethod
-    async def start(
-        cls,
-        *,
-        config: NativeConfig,
-        process: str,
-        wheel: DeadlineWheel,
-        random: Random,
-        observer: InstanceObserver | None = None,
-    ) -> "NativeClient":
+    async def start(cls, config: NativeConfig, host: PlaneHost) -> "NativeClient":
         """Open the socket for pulse questions; connections are made on first use."""
-        client = cls(config=config, process=process, wheel=wheel, random=random, observer=observer)
-        await wheel.loop.create_datagram_endpoint(lambda: client._probe, local_addr=("0.0.0.0", 0))
+        client = cls(config, host)
+        await host.wheel.loop.create_datagram_endpoint(lambda: client._probe, local_addr=("0.0.0.0", 0))
         return client
 
     @property

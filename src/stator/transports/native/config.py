@@ -12,7 +12,6 @@ class NativeConfig(Config, frozen=True, kw_only=True):
 
     section = "native"
 
-    host: Annotated[str, Setting(doc="address to listen on", dyn="DYN_TCP_RPC_HOST")] = "127.0.0.1"
     port: Annotated[int, Setting(doc="port to listen on; 0: any free one", ge=0, le=65535)] = 0
     unix: Annotated[bool, Setting(doc="also listen on a Unix socket, for clients of the same user and host")] = True
     pulse: Annotated[bool, Setting(doc="run the pulse thread, which tells a blocked process from a dead one")] = True

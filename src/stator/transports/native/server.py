@@ -10,19 +10,17 @@ from pathlib import Path
 
 import msgspec
 
-from stator.clock import Clock
 from stator.errors import ConnectFailed, StatorError
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.hello import VERSION, Hello, Limits
 from stator.protocol.native.liveness import WORKER_LIMITS, Verdict
 from stator.protocol.native.server import ServerSession
 from stator.protocol.records import EndpointRecord, NativeAddress
-from stator.tasks import DeadlineWheel
 from stator.transports.native.config import NativeConfig
 from stator.transports.native.connection import Connection
 from stator.transports.native.outbox import Outbox
 from stator.transports.native.pulse import Pulse
-from stator.transports.plane import RequestSink
+from stator.transports.plane import PlaneHost, RequestSink
 
 __all__ = ["NativeServer"]
 
@@ -35,11 +33,10 @@ _BACKLOG = 1024
 class NativeServer:
     """`PlaneServer` of the native plane. Made by `NativeServer.listen`."""
 
-    def __init__(self, *, config: NativeConfig, process: str, advertise_host: str, wheel: DeadlineWheel) -> None:
+    def __init__(self, config: NativeConfig, host: PlaneHost) -> None:
         self._config = config
-        self._process = process
-        self._advertise_host = advertise_host
-        self._wheel = wheel
+        self._host = host
+        self._wheel = host.wheel
         self._sinks: dict[str, RequestSink] = {}
         self._sessions: dict[Connection, ServerSession] = {}
         self._servers: list[asyncio.Server] = []
@@ -47,47 +44,35 @@ class NativeServer:
         self._path = ""
         self._address = ""
         self._draining = False
-        self._hello = Hello(
-            process=process, role="worker", limits=Limits(item=config.max_item, request=config.max_request)
-        )
+        limits = Limits(item=config.max_item, request=config.max_request)
+        self._hello = Hello(process=host.process, role="worker", limits=limits)
         self._budget = ByteBudget(total=config.credit_budget, most=config.window)
 
     @classmethod
-    async def listen(
-        cls,
-        *,
-        config: NativeConfig,
-        process: str,
-        advertise_host: str,
-        socket_directory: Path | None,
-        wheel: DeadlineWheel,
-        clock: Clock,
-    ) -> "NativeServer":
-        """Open the listeners. `advertise_host` is what goes into records (never a wildcard); `socket_directory` must exist with mode
-        0700, None means no Unix socket. Raises `ConnectFailed` when the address cannot be bound; nothing is left open then.
-        """
-        server = cls(config=config, process=process, advertise_host=advertise_host, wheel=wheel)
+    async def listen(cls, config: NativeConfig, host: PlaneHost) -> "NativeServer":
+        """Open the listeners. Raises `ConnectFailed` when the address cannot be bound; nothing is left open then."""
+        server = cls(config, host)
         try:
-            await server._start(socket_directory, clock)
+            await server._start()
         except OSError as error:
             await server.aclose()
-            raise ConnectFailed(f"cannot listen on {config.host}:{config.port}: {error}") from error
+            raise ConnectFailed(f"cannot listen on {host.bind_host}:{config.port}: {error}") from error
         return server
 
-    async def _start(self, socket_directory: Path | None, clock: Clock) -> None:
+    async def _start(self) -> None:
         loop = self._wheel.loop
-        config = self._config
-        tcp = await loop.create_server(self._accept, config.host, config.port, backlog=_BACKLOG)
+        config, host = self._config, self._host
+        tcp = await loop.create_server(self._accept, host.bind_host, config.port, backlog=_BACKLOG)
         self._servers.append(tcp)
-        self._address = _join(self._advertise_host, tcp.sockets[0].getsockname()[1])
+        self._address = _join(host.advertise_host, tcp.sockets[0].getsockname()[1])
         if config.pulse:
-            self._pulse = Pulse(config.host, self._process, clock)
+            self._pulse = Pulse(host.bind_host, host.process, host.clock)
             self._pulse.start(loop)
-        if config.unix and socket_directory is not None:
-            await self._start_unix(socket_directory)
+        if config.unix and host.socket_directory is not None:
+            await self._start_unix(host.socket_directory)
 
     async def _start_unix(self, directory: Path) -> None:
-        path = str(directory / f"{self._process[:16]}.sock")
+        path = str(directory / f"{self._host.process[:16]}.sock")
         if len(path.encode()) > _LONGEST_PATH:
             logger.info("no Unix socket: its path would have more than %d bytes", _LONGEST_PATH)
             return
@@ -117,8 +102,8 @@ class NativeServer:
         self._sinks.pop(path, None)
 
     def describe(self, record: EndpointRecord, path: str) -> EndpointRecord:
-        pulse = _join(self._advertise_host, self._pulse.port) if self._pulse is not None else ""
-        native = NativeAddress(plane=VERSION, address=self._address, process=self._process, pulse=pulse, path=self._path)
+        pulse = _join(self._host.advertise_host, self._pulse.port) if self._pulse is not None else ""
+        native = NativeAddress(plane=VERSION, address=self._address, process=self._host.process, pulse=pulse, path=self._path)
         return msgspec.structs.replace(record, stator=native)
 
     def drain(self) -> None:
