@@ -46,12 +46,14 @@ class Receiver:
     `changed` is called after every step that a waiting reader may care about.
     """
 
-    __slots__ = ("error", "instance", "item_type", "items", "phase")
+    __slots__ = ("delivered", "error", "instance", "item_type", "items", "phase")
 
     def __init__(self, *, instance: int = 0, item_type: Any = Any) -> None:
         self.instance = instance
         self.item_type = item_type
         self.phase: Phase = Phase.CONNECT
+        self.delivered = False
+        """whether an item ever arrived: after that nothing may be retried"""
         self.items: deque[Any] = deque()
         self.error: StatorError | None = None
 
@@ -78,6 +80,7 @@ class Receiver:
         if self.phase is Phase.ENDED:
             return False
         self.phase = Phase.ITEMS
+        self.delivered = True
         self.items.extend(items)
         self.changed()
         return True

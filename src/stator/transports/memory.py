@@ -17,7 +17,7 @@ from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.protocol.stream import Phase
 from stator.protocol.values import decode_value, encode_json
 from stator.transports.inbox import Inbox
-from stator.transports.plane import RequestControl, RequestSink
+from stator.transports.plane import PlaneHost, RequestControl, RequestSink
 
 __all__ = ["MemoryNetwork", "MemoryPlane"]
 
@@ -166,7 +166,9 @@ class _Stream:
 
 
 class MemoryPlane:
-    """`PlaneServer` and `PlaneClient` in one, on a shared `MemoryNetwork`."""
+    """`Plane`, `PlaneServer` and `PlaneClient` in one, on a shared `MemoryNetwork`."""
+
+    name = "memory"
 
     def __init__(self, network: MemoryNetwork) -> None:
         self._network = network
@@ -175,6 +177,16 @@ class MemoryPlane:
         self._address = network.attach(self)
         self.served: set[_Stream] = set()
         self.opened: set[_Stream] = set()
+
+    # -- Plane
+
+    async def listen(self, host: PlaneHost) -> "MemoryPlane":
+        """It listens from the start."""
+        return self
+
+    async def connect(self, host: PlaneHost) -> "MemoryPlane":
+        """There is nothing to connect."""
+        return self
 
     # -- PlaneServer
 

@@ -1,0 +1,187 @@
+"""Calls one endpoint: chooses among its instances, sends, retries."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from stator.errors import UsageError
+from stator.protocol.envelope import RequestEnvelope
+from stator.protocol.ids import EndpointId
+from stator.protocol.records import EndpointRecord
+from stator.protocol.values import encode_json
+from stator.routing import (
+    ANYWHERE,
+    Attempts,
+    AvailabilityRow,
+    Candidate,
+    Direct,
+    Policy,
+    RetryBudget,
+    RoundRobin,
+    RouteRequest,
+    UniformRandom,
+)
+from stator.runtime.context import Context
+from stator.runtime.response import ResponseStream, Route
+from stator.runtime.services import Services
+from stator.runtime.view import InstanceView
+
+__all__ = ["Client"]
+
+_NO_STRINGS: dict[str, str] = {}
+
+
+class Client:
+    """The callers' side of one endpoint; made by `Endpoint.client`. Cheap: it shares connections, watch and load table with
+    all clients of the runtime. It is an `Engine`: `generate(request, context)` may be the end of a pipeline.
+    """
+
+    def __init__(self, services: Services, endpoint: EndpointId, policy: Policy, *, item_type: Any = Any) -> None:
+        self._services = services
+        self._view: InstanceView = services.view(endpoint)
+        self._policy = policy
+        self._item_type = item_type
+        routing = services.routing
+        self._budget = RetryBudget(services.wheel.now(), ratio=routing.retry_ratio, rate=routing.retry_rate)
+        self._limits = services.config.limits
+        self._routes: dict[tuple[str, bool], Route] = {}
+        self._plain = self._route(policy, ANYWHERE, retry=True)
+
+    @property
+    def endpoint(self) -> EndpointId:
+        """Whom it calls."""
+        return self._view.endpoint
+
+    @property
+    def policy(self) -> Policy:
+        """How it chooses."""
+        return self._policy
+
+    # -- who is there
+
+    def instance_ids(self) -> list[int]:
+        """The listed instances, inhibited ones included, sorted."""
+        return sorted(self._view.records)
+
+    def instances(self) -> list[EndpointRecord]:
+        """Their records, in the same order."""
+        return [self._view.records[instance] for instance in self.instance_ids()]
+
+    async def wait_for_instances(self, count: int = 1, *, timeout: float | None = 30.0) -> list[int]:
+        """Wait until `count` instances are listed; their ids. Raises `Unavailable` after `timeout` seconds."""
+        return await self._view.wait_for(count, timeout)
+
+    def explain(self) -> list[AvailabilityRow]:
+        """Each instance, whether it may be chosen, and why not."""
+        return self._view.availability.explain(self._services.wheel.now())
+
+    # -- calling
+
+    def generate(
+        self,
+        request: Any,
+        context: Context | None = None,
+        *,
+        instance: int | None = None,
+        id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        limits: Mapping[str, float | None] | None = None,
+        retry: Literal["auto", "never"] = "auto",
+    ) -> ResponseStream:
+        """Describe a request; it is sent when the stream is entered or first read.
+
+        `request` is any value of the JSON data model. `context` is the context of the request this one belongs to: its id, metadata and
+        trace continue, and stopping it stops this one. `instance` pins the request to one instance. `timeout` bounds the whole request,
+        `limits` single phases (fields of `PhaseLimits`), in seconds. `retry="never"` is for handlers with side effects.
+
+        Raises `UsageError` at once for a request without JSON form or unknown limits; everything else is raised by the stream.
+        """
+        route = self._plain
+        if instance is not None:
+            route = self._route(Direct(), RouteRequest(target=instance), retry=False)
+        elif retry != "auto":
+            route = self._route(self._policy, ANYWHERE, retry=False)
+        return self._call(request, context, route, id, metadata, headers, self._limits_for(timeout, limits))
+
+    def round_robin(self, request: Any, context: Context | None = None, **options: Any) -> ResponseStream:
+        """`generate`, each instance in turn."""
+        return self._by(RoundRobin, request, context, options)
+
+    def random(self, request: Any, context: Context | None = None, **options: Any) -> ResponseStream:
+        """`generate`, any instance."""
+        return self._by(UniformRandom, request, context, options)
+
+    def direct(self, request: Any, instance: int, context: Context | None = None, **options: Any) -> ResponseStream:
+        """`generate`, that instance and no other."""
+        return self.generate(request, context, instance=instance, **options)
+
+    def _by(
+        self, policy: type[RoundRobin] | type[UniformRandom], request: Any, context: Context | None, options: dict[str, Any]
+    ) -> ResponseStream:
+        name = policy.__name__
+        route = self._routes.get((name, True))
+        if route is None:
+            route = self._routes[name, True] = self._route(policy(), ANYWHERE, retry=True)
+        limits = self._limits_for(options.pop("timeout", None), options.pop("limits", None))
+        arguments = [options.pop(key, None) for key in ("id", "metadata", "headers")]
+        if options:
+            raise UsageError(f"unknown options: {', '.join(sorted(options))}")
+        return self._call(request, context, route, *arguments, limits)
+
+    def _limits_for(self, timeout: float | None, limits: Mapping[str, float | None] | None) -> Any:
+        if timeout is None and not limits:
+            return self._limits
+        changes = dict(limits or {})
+        if timeout is not None:
+            changes["total"] = timeout
+        unknown = changes.keys() - set(self._limits.__struct_fields__)
+        if unknown:
+            raise UsageError(
+                f"unknown limits {', '.join(sorted(unknown))}; there are: {', '.join(self._limits.__struct_fields__)}"
+            )
+        return msgspec.structs.replace(self._limits, **changes)
+
+    def _call(
+        self,
+        request: Any,
+        context: Context | None,
+        route: Route,
+        id: str | None,
+        metadata: Mapping[str, str] | None,
+        headers: Mapping[str, str] | None,
+        limits: Any,
+    ) -> ResponseStream:
+        if context is not None:
+            id = context.id if id is None else id
+            metadata = context.metadata if metadata is None else metadata
+            headers = context.headers if headers is None else headers
+        if id == "":
+            raise UsageError("a request id must not be empty")
+        try:
+            payload = encode_json(request)
+        except Exception as error:
+            raise UsageError(f"the request cannot be sent: {error}") from error
+        envelope = RequestEnvelope(
+            id=id if id is not None else self._services.new_id(),
+            payload=payload,
+            metadata=dict(metadata) if metadata else _NO_STRINGS,
+            headers=dict(headers) if headers else _NO_STRINGS,
+            deadline=limits.total,
+        )
+        self._budget.count_request(self._services.wheel.now())
+        return ResponseStream(
+            self._services, self._view, envelope, route, limits=limits, item_type=self._item_type, context=context
+        )
+
+    def _route(self, policy: Policy, request: RouteRequest, *, retry: bool) -> Route:
+        return Route(policy=policy, request=request, retry=retry, choose=self._choose, attempts=self._attempts)
+
+    def _choose(self, view: InstanceView, policy: Policy, request: RouteRequest) -> Candidate:
+        free = view.availability.free(self._services.wheel.now(), request)
+        return policy.choose(free, request, self._services.random)
+
+    def _attempts(self) -> Attempts:
+        return Attempts(self._budget, limit=self._services.routing.attempts)

@@ -1,0 +1,127 @@
+"""Names with behaviour: namespace → component → endpoint (`spec/20 §1`)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from stator import settings
+from stator.errors import UsageError
+from stator.protocol.ids import EndpointId
+from stator.protocol.records import EndpointRecord, Query
+from stator.routing import Policy, policy_name
+from stator.runtime.client import Client
+from stator.runtime.engine import Engine, Handler, generate_function
+from stator.runtime.plugins import load_plugin, plugin_names
+from stator.runtime.served import ServedEndpoint
+from stator.runtime.services import Services
+
+__all__ = ["Component", "Endpoint", "Namespace"]
+
+
+class Namespace:
+    """A name space for components; may be nested (`parent.child`)."""
+
+    def __init__(self, services: Services, name: str, components: "dict[tuple[str, str], Component]") -> None:
+        if not name or "/" in name or ".." in f".{name}.":
+            raise UsageError(f"namespace {name!r} must be non-empty, without '/' and without empty parts")
+        self._services = services
+        self._components = components
+        self.name = name
+        """the dotted name"""
+
+    def __repr__(self) -> str:
+        return f"<Namespace {self.name}>"
+
+    def namespace(self, name: str) -> "Namespace":
+        """The namespace `name` inside this one."""
+        return Namespace(self._services, f"{self.name}.{name}", self._components)
+
+    def component(self, name: str) -> "Component":
+        """The component `name`: always the same object for the same name."""
+        key = (self.name, name)
+        component = self._components.get(key)
+        if component is None:
+            component = self._components[key] = Component(self._services, self.name, name)
+        return component
+
+
+class Component:
+    """A group of endpoints that scale together."""
+
+    def __init__(self, services: Services, namespace: str, name: str) -> None:
+        EndpointId(namespace, name, "x")  # checks the names
+        self._services = services
+        self.namespace = namespace
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<Component {self.namespace}.{self.name}>"
+
+    def endpoint(self, name: str) -> "Endpoint":
+        """The endpoint `name` of this component."""
+        return Endpoint(self._services, EndpointId(self.namespace, self.name, name))
+
+    async def list_instances(self) -> list[EndpointRecord]:
+        """The records of all its endpoints' instances, ordered as the reference does: by endpoint and decimal id as text."""
+        found = await self._services.discovery.list(Query(EndpointRecord.bucket, (self.namespace, self.name)))
+        records = [record for record in found if isinstance(record, EndpointRecord)]
+        return sorted(records, key=lambda record: (record.endpoint, str(record.instance_id)))
+
+
+class Endpoint:
+    """Something that can be served and called."""
+
+    def __init__(self, services: Services, id: EndpointId) -> None:
+        self._services = services
+        self.id = id
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.id}>"
+
+    async def start(self, handler: Handler | Engine, *, device_type: str | None = None) -> ServedEndpoint:
+        """Begin to serve; the caller ends it (`ServedEndpoint.finish`). On return requests are taken and the record is listed.
+
+        `handler` is an async generator function of `(request)` or `(request, context)`, or an engine. Raises `UsageError` for anything
+        else, `ConnectFailed` when no address can be bound, `Unavailable` when discovery cannot be written to.
+        """
+        device = device_type if device_type is not None else settings.device_type()
+        return await ServedEndpoint.start(self._services, self.id, generate_function(handler), device_type=device)
+
+    @asynccontextmanager
+    async def serving(self, handler: Handler | Engine, *, device_type: str | None = None) -> AsyncIterator[ServedEndpoint]:
+        """Serve inside the block; leaving it drains (at most `shutdown_timeout` seconds)."""
+        served = await self.start(handler, device_type=device_type)
+        try:
+            yield served
+        except BaseException:
+            await served.aclose()
+            raise
+        await served.finish(self._services.config.shutdown_timeout)
+
+    async def serve(self, handler: Handler | Engine, *, device_type: str | None = None) -> None:
+        """Serve until the runtime shuts down, then drain. Cancelling it stops at once: running requests are killed."""
+        async with self.serving(handler, device_type=device_type):
+            await self._services.closing.wait()
+
+    async def client(self, policy: str | Policy | None = None, *, item_type: Any = Any) -> Client:
+        """A client of this endpoint. Returns when the present instances are known (at most 5 s; later they appear by themselves).
+
+        `policy` is a name (`round_robin`, `random`, `power_of_two`, `least_loaded`, `device_weighted`, `direct`, or a plug-in's) or an
+        object; default: the setting. Items are decoded as `item_type`, any type msgspec can decode.
+        """
+        client = Client(self._services, self.id, self._policy(policy), item_type=item_type)
+        try:
+            async with asyncio.timeout(5.0):
+                await self._services.view(self.id).synced.wait()
+        except TimeoutError:
+            pass
+        return client
+
+    def _policy(self, policy: str | Policy | None) -> Policy:
+        if policy is not None and not isinstance(policy, str):
+            return policy
+        routing = self._services.routing
+        name = policy_name(policy or routing.policy, plugin_names("stator.routing"))
+        make = load_plugin("stator.routing", name)
+        return make(ratio=routing.device_ratio) if name == "device_weighted" else make()

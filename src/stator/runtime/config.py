@@ -1,0 +1,86 @@
+"""Settings of a runtime."""
+
+from typing import Annotated, Literal
+
+from stator.config import Config, Setting
+from stator.errors import ConfigError
+from stator.transports.inbox import PhaseLimits
+
+__all__ = ["RuntimeConfig"]
+
+
+def _discovery(text: str) -> str:
+    """The reference says `mem` for memory, and falls back to etcd when nothing is said."""
+    return {"mem": "memory"}.get(text, text)
+
+
+def _request_plane(text: str) -> str:
+    """Any case is accepted (`spec/10 §1.7`)."""
+    return text.lower()
+
+
+class RuntimeConfig(Config, frozen=True, kw_only=True):
+    """How a process joins a cluster, and how long its requests wait. Times are in seconds; None waits for ever."""
+
+    discovery: Annotated[
+        str, Setting(doc="backend that knows who is there: a plug-in's name", dyn="DYN_DISCOVERY_BACKEND", dyn_read=_discovery)
+    ] = "file"
+    plane: Annotated[
+        Literal["auto", "native", "compatible", "memory"],
+        Setting(doc="how requests travel; auto: native where the worker speaks it, compatible otherwise"),
+    ] = "auto"
+    request_plane: Annotated[
+        Literal["tcp"],
+        Setting(
+            doc="transport of the compatible plane",
+            dyn="DYN_REQUEST_PLANE",
+            dyn_read=_request_plane,
+            on_bad_dyn="error",
+            dyn_empty="value",
+        ),
+    ] = "tcp"
+    host: Annotated[str, Setting(doc="address that listeners bind to", dyn="DYN_TCP_RPC_HOST")] = "127.0.0.1"
+    advertise_host: Annotated[
+        str, Setting(doc="address that others reach us at; default: the pod's, or the one bound to, or the routable one")
+    ] = ""
+    insecure_bind: Annotated[bool, Setting(doc="allow listening beyond loopback without secret or TLS")] = False
+    connect_timeout: Annotated[float | None, Setting(doc="wait for a connection", unit="s", gt=0)] = 3.0
+    accept_timeout: Annotated[
+        float | None, Setting(doc="wait for the worker to take the request", unit="s", gt=0, dyn="DYN_TCP_REQUEST_TIMEOUT")
+    ] = 5.0
+    call_home_timeout: Annotated[
+        float | None, Setting(doc="wait for the worker to call home (compatible plane; includes its queue)", unit="s", gt=0)
+    ] = 60.0
+    prologue_timeout: Annotated[float | None, Setting(doc="wait for the handler to be called", unit="s", gt=0)] = 60.0
+    first_item_timeout: Annotated[float | None, Setting(doc="wait for the first item", unit="s", gt=0)] = 300.0
+    item_timeout: Annotated[float | None, Setting(doc="wait for each further item", unit="s", gt=0)] = 120.0
+    request_timeout: Annotated[float | None, Setting(doc="longest time of a whole request", unit="s", gt=0)] = None
+    instance_timeout: Annotated[
+        float, Setting(doc="how long a request waits for an instance when there is none", unit="s", ge=0)
+    ] = 2.0
+    native_retry: Annotated[
+        float, Setting(doc="time before the native plane is tried again after a fallback", unit="s", gt=0)
+    ] = 30.0
+    shutdown_timeout: Annotated[
+        float,
+        Setting(
+            doc="how long running requests may take at shutdown", unit="s", ge=0, dyn="DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
+        ),
+    ] = 30.0
+
+    def check(self) -> None:
+        if self.advertise_host in ("0.0.0.0", "::", "*"):
+            raise ConfigError(f"advertise_host = {self.advertise_host!r} is a wildcard; others cannot connect to it")
+
+    @property
+    def limits(self) -> PhaseLimits:
+        """The limits of a request's phases."""
+        return PhaseLimits(
+            connect=self.connect_timeout,
+            accept=self.accept_timeout,
+            call_home=self.call_home_timeout,
+            prologue=self.prologue_timeout,
+            first_item=self.first_item_timeout,
+            items=self.item_timeout,
+            total=self.request_timeout,
+        )

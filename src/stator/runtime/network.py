@@ -1,0 +1,150 @@
+"""The planes of one process: which one a worker listens on, which one reaches an instance."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from stator.errors import ConfigError, ConnectFailed, StatorError, Timeout
+from stator.protocol.envelope import RequestEnvelope
+from stator.protocol.records import EndpointRecord
+from stator.transports.inbox import Inbox
+from stator.transports.plane import Plane, PlaneClient, PlaneHost, PlaneServer, RequestSink
+
+__all__ = ["Network", "PlaneChoice"]
+
+logger = logging.getLogger(__name__)
+
+
+class PlaneChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Planes by preference, best first; `fall_back` says whether the next may be tried when one fails to connect."""
+
+    planes: tuple[Plane, ...]
+    fall_back: bool
+
+
+class Network:
+    """Opens planes on first use and closes them together.
+
+    Fallback (`design.md §4`): only when nothing was sent, only on refused, timeout or no common version; one warning per
+    instance; the better plane is tried again after `retry` seconds. `fallbacks` counts by reason.
+    """
+
+    def __init__(self, choice: PlaneChoice, host: PlaneHost, *, retry: float) -> None:
+        self._choice = choice
+        self._host = host
+        self._retry = retry
+        self._servers: dict[str, PlaneServer] | None = None
+        self._clients: dict[str, PlaneClient] = {}
+        self._avoided: dict[tuple[str, int], float] = {}
+        self.fallbacks: dict[str, int] = {}
+
+    # -- the worker's side
+
+    async def listen(self) -> Mapping[str, PlaneServer]:
+        """The servers, by plane name; opened at the first call. Nothing is left open if one of them cannot."""
+        if self._servers is None:
+            servers: dict[str, PlaneServer] = {}
+            try:
+                for plane in self._choice.planes:
+                    servers[plane.name] = await plane.listen(self._host)
+            except BaseException:
+                for server in servers.values():
+                    await server.aclose()
+                raise
+            self._servers = servers
+        return self._servers
+
+    async def register(self, record: EndpointRecord, path: str, sink: RequestSink) -> EndpointRecord:
+        """Take requests for `path` on every plane; the record says where."""
+        for server in (await self.listen()).values():
+            server.register(path, sink)
+            record = server.describe(record, path)
+        return record
+
+    def unregister(self, path: str) -> None:
+        """Take no more requests for `path`."""
+        for server in (self._servers or {}).values():
+            server.unregister(path)
+
+    def drain(self) -> None:
+        """Tell connected clients to send nothing new."""
+        for server in (self._servers or {}).values():
+            server.drain()
+
+    # -- the caller's side
+
+    async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
+        """Send a request by the best plane that reaches the instance (`PlaneClient.open`)."""
+        planes = [plane for plane in self._choice.planes if self._usable(plane, record)]
+        error: StatorError | None = None
+        for plane in planes:
+            client = self._clients.get(plane.name)
+            if client is None:
+                client = self._clients[plane.name] = await plane.connect(self._host)
+            if not client.serves(record):
+                continue
+            try:
+                await client.open(record, envelope, inbox)
+                return
+            except (ConnectFailed, Timeout) as failure:
+                error = failure
+                if not self._choice.fall_back or plane is planes[-1]:
+                    raise
+                self._avoid(plane, record, failure)
+        if error is not None:
+            raise error
+        wanted = ", ".join(plane.name for plane in self._choice.planes)
+        raise ConnectFailed(
+            f"instance {record.instance_id:x} cannot be reached by the planes in use ({wanted})",
+            instance=record.instance_id,
+            phase="connect",
+        )
+
+    def _usable(self, plane: Plane, record: EndpointRecord) -> bool:
+        if not self._avoided:
+            return True
+        until = self._avoided.get((plane.name, record.instance_id))
+        if until is None:
+            return True
+        if self._host.wheel.now() < until:
+            return False
+        del self._avoided[plane.name, record.instance_id]
+        return True
+
+    def _avoid(self, plane: Plane, record: EndpointRecord, failure: StatorError) -> None:
+        self.fallbacks[failure.code] = self.fallbacks.get(failure.code, 0) + 1
+        self._avoided[plane.name, record.instance_id] = self._host.wheel.now() + self._retry
+        logger.warning(
+            "instance %x does not answer on the %s plane (%s); falling back for %s s",
+            record.instance_id,
+            plane.name,
+            failure.message,
+            self._retry,
+        )
+
+    def forget(self, record: EndpointRecord) -> None:
+        """The instance left discovery."""
+        for plane in self._choice.planes:
+            self._avoided.pop((plane.name, record.instance_id), None)
+            client = self._clients.get(plane.name)
+            if client is not None and client.serves(record):
+                client.forget(record)
+
+    async def aclose(self) -> None:
+        """Close callers first, then listeners. Idempotent."""
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            await client.aclose()
+        servers, self._servers = self._servers or {}, None
+        for server in servers.values():
+            await server.aclose()
+
+
+def choose_planes(name: str, load: Callable[[str], Any]) -> PlaneChoice:
+    """The planes that the setting `plane` means; `load` finds a plug-in by name."""
+    names = {"auto": ("native", "tcp"), "native": ("native",), "compatible": ("tcp",)}.get(name)
+    if names is None:
+        raise ConfigError(f"plane = {name!r}: expected auto, native, compatible or memory")
+    return PlaneChoice(planes=tuple(load(each)() for each in names), fall_back=name == "auto")

@@ -1,0 +1,302 @@
+"""The answer to one request: an async iterator and context manager that chooses an instance, retries before the first item, and
+cancels when it is left.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from stator.errors import Cancelled, ConnectFailed, Disconnected, EngineError, Overloaded, StatorError, Timeout, Unavailable, UsageError
+from stator.protocol.envelope import RequestEnvelope
+from stator.protocol.records import EndpointRecord
+from stator.protocol.stream import Phase
+from stator.routing import Attempts, Candidate, Policy, RouteRequest
+from stator.runtime.context import Context
+from stator.runtime.services import Services
+from stator.runtime.view import InstanceView
+from stator.transports.inbox import Inbox, PhaseLimits
+
+__all__ = ["ResponseStream", "Route"]
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """How the instance of a request is chosen and whether another may be tried."""
+
+    policy: Policy
+    request: RouteRequest
+    retry: bool
+    choose: Callable[[InstanceView, Policy, RouteRequest], Candidate]
+    attempts: Callable[[], Attempts]
+
+
+class ResponseStream:
+    """The items of one request.
+
+        async with client.generate(request) as stream:
+            async for item in stream: …
+
+    Entering the block (or the first `anext`) sends the request and waits until an instance accepted it; leaving it early kills the
+    request at the worker. Errors before the first item are retried on other instances within the retry budget; later ones are raised
+    after the items that arrived before them. One task reads at a time. Cancelling a wait takes nothing from the stream; the request goes
+    on until the block is left.
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_candidate",
+        "_context",
+        "_entered",
+        "_envelope",
+        "_inbox",
+        "_item_type",
+        "_iterator",
+        "_limits",
+        "_over",
+        "_route",
+        "_services",
+        "_stopped",
+        "_view",
+    )
+
+    def __init__(
+        self,
+        services: Services,
+        view: InstanceView,
+        envelope: RequestEnvelope,
+        route: Route,
+        *,
+        limits: PhaseLimits,
+        item_type: Any,
+        context: Context | None,
+    ) -> None:
+        self._services = services
+        self._view = view
+        self._envelope = envelope
+        self._route = route
+        self._limits = limits
+        self._item_type = item_type
+        self._context = context
+        self._attempts: Attempts | None = None
+        self._candidate: Candidate | None = None
+        self._inbox: Inbox | None = None
+        self._iterator: AsyncIterator[Any] | None = None
+        self._entered = False
+        self._stopped = False
+        self._over = False
+
+    @property
+    def id(self) -> str:
+        """The request id."""
+        return self._envelope.id
+
+    @property
+    def instance_id(self) -> int:
+        """The instance that takes, or took, the request; 0 before one was chosen."""
+        return 0 if self._candidate is None else self._candidate.instance_id
+
+    # -- reading
+
+    async def __aenter__(self) -> Self:
+        self._entered = True
+        if self._inbox is None:
+            await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._items()
+
+    async def __anext__(self) -> Any:
+        if self._inbox is not None and self._inbox.items:
+            return self._inbox.items.popleft()
+        if not await self._more():
+            raise StopAsyncIteration
+        assert self._inbox is not None
+        return self._inbox.items.popleft()
+
+    async def _items(self) -> AsyncIterator[Any]:
+        """The token path: one C-level resume per item that is already here."""
+        try:
+            while await self._more():
+                assert self._inbox is not None
+                items = self._inbox.items
+                take = items.popleft
+                while items:
+                    yield take()
+        finally:
+            if not self._entered:
+                self.kill()
+
+    async def batches(self) -> AsyncIterator[list[Any]]:
+        """All items that are ready, as non-empty lists; for readers that can use several at once."""
+        try:
+            while await self._more():
+                assert self._inbox is not None
+                batch = list(self._inbox.items)
+                self._inbox.items.clear()
+                yield batch
+        finally:
+            if not self._entered:
+                self.kill()
+
+    async def collect(self) -> list[Any]:
+        """All items to the end."""
+        return [item async for item in self]
+
+    async def _more(self) -> bool:
+        """Wait for an item; False at the end. Retries elsewhere while nothing was delivered."""
+        if self._inbox is None:
+            await self._open()
+        while True:
+            inbox = self._inbox
+            assert inbox is not None
+            try:
+                if await inbox.more():
+                    return True
+                self._finish()
+                return False
+            except StatorError as error:
+                if inbox.error is not error or self._over:
+                    raise
+                self._judge(error, delivered=inbox.delivered)
+                if inbox.delivered or not self._may_retry(error):
+                    self._finish()
+                    raise
+                self._leave()
+                await self._open()
+
+    # -- sending
+
+    async def _open(self) -> None:
+        """Find an instance that accepts the request. Cancelled: the request was withdrawn or killed."""
+        if self._over:
+            raise UsageError("the stream was closed before it was read")
+        while True:
+            record = await self._choose()
+            inbox = self._inbox = Inbox(
+                wheel=self._services.wheel, limits=self._limits, instance=record.instance_id, item_type=self._item_type
+            )
+            try:
+                await self._services.network.open(record, self._envelope, inbox)
+                self._follow_context()
+                await inbox.opened()
+            except StatorError as error:
+                inbox.finish(error)
+            except BaseException:
+                self.kill()
+                raise
+            error = inbox.error
+            if error is None or inbox.delivered:
+                self._view.availability.mark_success(record.instance_id)
+                return
+            self._judge(error, delivered=False)
+            if not self._may_retry(error):
+                self._finish()
+                raise error
+            self._leave()
+
+    async def _choose(self) -> EndpointRecord:
+        """The record of the instance to try next; waits for one to appear at most `instance_timeout`."""
+        route, view = self._route, self._view
+        request = route.request
+        if self._attempts is not None:
+            request = msgspec.structs.replace(request, excluded=self._attempts.tried)
+        elif not view.records:
+            await self._appear()
+        try:
+            candidate = route.choose(view, route.policy, request)
+        except StatorError:
+            self._over = True
+            raise
+        view.occupancy.acquire(candidate)
+        self._candidate = candidate
+        return view.records[candidate.instance_id]
+
+    async def _appear(self) -> None:
+        timeout = self._services.config.instance_timeout
+        if timeout or not self._view.synced.is_set():
+            try:
+                await self._view.wait_for(1, timeout or 1.0)
+            except Unavailable:
+                return  # choosing says it in the words callers know
+
+    def _may_retry(self, error: StatorError) -> bool:
+        context = self._context
+        if not self._route.retry or self._stopped or self._over or (context is not None and context.is_stopped):
+            return False
+        if self._attempts is None:
+            self._attempts = self._route.attempts()
+        charged = not isinstance(error, Unavailable)
+        return self._attempts.again(self.instance_id, error, self._services.wheel.now(), charged=charged)
+
+    def _judge(self, error: StatorError, *, delivered: bool) -> None:
+        """What the error says about the instance (`design.md §5`)."""
+        availability, instance = self._view.availability, self.instance_id
+        now = self._services.wheel.now()
+        if isinstance(error, Overloaded):
+            if not delivered:
+                availability.mark_overloaded(instance, now)
+        elif isinstance(error, Timeout):
+            if error.phase in _INHIBITING_PHASES:
+                availability.mark_inhibited(instance, now, error.message)
+        elif (
+            isinstance(error, Disconnected | ConnectFailed)
+            or (isinstance(error, Unavailable) and not delivered)
+            or (isinstance(error, EngineError) and error.kind == "EngineShutdown")
+        ):
+            availability.mark_inhibited(instance, now, error.message)
+
+    # -- ending
+
+    def stop(self) -> None:
+        """Ask the worker to end gracefully; what it still sends is delivered."""
+        self._stopped = True
+        if self._inbox is not None:
+            self._inbox.stop()
+
+    def kill(self) -> None:
+        """End the request now. Idempotent; harmless at the end. Readers get `Cancelled`."""
+        if self._inbox is not None:
+            self._inbox.kill()
+        self._finish()
+
+    async def aclose(self) -> None:
+        """`kill`, for `contextlib.aclosing`."""
+        self.kill()
+
+    def _follow_context(self) -> None:
+        if self._context is not None:
+            self._context.subscribe(self._context_ended)
+        if self._stopped and self._inbox is not None:
+            self._inbox.stop()
+
+    def _context_ended(self, killed: bool) -> None:
+        if killed:
+            self.kill()
+        else:
+            self.stop()
+
+    def _leave(self) -> None:
+        """This attempt is over."""
+        if self._context is not None:
+            self._context.unsubscribe(self._context_ended)
+        candidate, self._candidate = self._candidate, None
+        if candidate is not None:
+            self._view.occupancy.release(candidate)
+
+    def _finish(self) -> None:
+        """The request is over; the chosen instance stays known."""
+        if not self._over:
+            self._over = True
+            candidate = self._candidate
+            self._leave()
+            self._candidate = candidate
+
+
+_INHIBITING_PHASES = frozenset({Phase.CONNECT.label, Phase.ACCEPT.label, Phase.CALL_HOME.label})

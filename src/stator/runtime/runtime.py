@@ -1,0 +1,197 @@
+"""A process' membership in a cluster."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from random import Random, SystemRandom
+from typing import Any, cast, get_type_hints
+
+from stator import settings
+from stator.clock import Clock
+from stator.config import Config
+from stator.discovery.interface import Discovery
+from stator.discovery.memory import MemoryDiscovery, MemoryStore
+from stator.errors import ConfigError
+from stator.protocol.ids import EndpointId
+from stator.protocol.records import ModelRecord
+from stator.routing import RoutingConfig
+from stator.runtime.component import Component, Endpoint, Namespace
+from stator.runtime.config import RuntimeConfig
+from stator.runtime.engine import Generate
+from stator.runtime.host import advertised_host, raise_file_limit, socket_directory
+from stator.runtime.network import Network, PlaneChoice, choose_planes
+from stator.runtime.plugins import load_plugin
+from stator.runtime.served import ServedEndpoint
+from stator.runtime.services import RequestIds, Services, ViewsObserver
+from stator.runtime.signals import shutdown_event
+from stator.runtime.view import InstanceView
+from stator.tasks import DeadlineWheel, Scope, SystemClock
+from stator.transports.memory import MemoryNetwork, MemoryPlane
+from stator.transports.plane import PlaneHost
+
+__all__ = ["Runtime"]
+
+logger = logging.getLogger(__name__)
+
+
+class Runtime:
+    """Made by `Runtime.connect`. One per process is the usual; several may live on one event loop (tests do)."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._components: dict[tuple[str, str], Component] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        *,
+        discovery: str | MemoryStore | None = None,
+        plane: str | MemoryNetwork | None = None,
+        clock: Clock | None = None,
+        random: Random | None = None,
+        **overrides: Any,
+    ) -> "AsyncIterator[Runtime]":
+        """Join the cluster inside the block; leaving it drains what is served, leaves discovery and closes every connection.
+
+        Settings: arguments > `STATOR_*` > `DYN_*` > the file named by `STATOR_CONFIG` > defaults. Arguments are fields of
+        `RuntimeConfig`, or `section__field` for another section (`native__port=7000`). `discovery` and `plane` may also be shared
+        in-memory objects, so that several runtimes of one process form a cluster. Nothing process-wide is touched but the limit
+        of open files. Raises `ConfigError` for settings, `Unavailable` or `ConnectFailed` when the cluster cannot be joined.
+        """
+        own = {name: value for name, value in overrides.items() if "__" not in name}
+        sections = {name.replace("__", ".", 1): value for name, value in overrides.items() if "__" in name}
+        if isinstance(discovery, str):
+            own["discovery"] = discovery
+        if isinstance(plane, str):
+            own["plane"] = plane
+        settings.check_names()
+        config = settings.load(RuntimeConfig, own)
+        clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
+        raise_file_limit()
+        async with AsyncExitStack() as stack:
+            found = await stack.enter_async_context(
+                _open_discovery(discovery, config, sections, clock, Random(SystemRandom().getrandbits(128)))
+            )
+            views: dict[EndpointId, InstanceView] = {}
+            wheel = DeadlineWheel(asyncio.get_running_loop())
+            stack.callback(wheel.close)
+            host = PlaneHost(
+                process=f"{random.getrandbits(128):032x}",
+                bind_host=config.host,
+                advertise_host=advertised_host(config),
+                socket_directory=await asyncio.to_thread(socket_directory),
+                wheel=wheel,
+                clock=clock,
+                random=random,
+                observer=ViewsObserver(views),
+                overrides=sections,
+            )
+            network = Network(_planes(plane, config), host, retry=config.native_retry)
+            stack.push_async_callback(network.aclose)
+            scope = await stack.enter_async_context(Scope("runtime"))
+            services = Services(
+                config=config,
+                routing=settings.load(RoutingConfig, _of_section("routing", sections)),
+                discovery=found,
+                network=network,
+                wheel=wheel,
+                scope=scope,
+                clock=clock,
+                random=random,
+                new_id=RequestIds(random),
+                closing=shutdown_event(),
+                views=views,
+                served=set(),
+            )
+            runtime = cls(services)
+            stack.push_async_callback(runtime._leave)
+            yield runtime
+
+    async def _leave(self) -> None:
+        """Drain what is still served."""
+        self.shutdown()
+        self._services.network.drain()
+        async with asyncio.TaskGroup() as group:
+            for served in tuple(self._services.served):
+                group.create_task(served.finish(self._services.config.shutdown_timeout))
+
+    # -- names
+
+    def namespace(self, name: str) -> Namespace:
+        """The namespace `name` (dotted for nested ones)."""
+        return Namespace(self._services, name, self._components)
+
+    def endpoint(self, path: str) -> Endpoint:
+        """The endpoint at `namespace.component.endpoint`, with or without `dyn://`. Raises `UsageError` for anything else."""
+        id = EndpointId.parse(path)
+        return self.namespace(id.namespace).component(id.component).endpoint(id.name)
+
+    # -- this process
+
+    @property
+    def instance_id(self) -> int:
+        """The id all records of this process carry."""
+        return self._services.discovery.instance_id
+
+    @property
+    def discovery(self) -> Discovery:
+        """Who is there."""
+        return self._services.discovery
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """The settings in force."""
+        return self._services.config
+
+    def shutdown(self) -> None:
+        """Begin to leave: every `serve` drains and returns. Idempotent."""
+        self._services.closing.set()
+
+    async def wait_for_shutdown(self) -> None:
+        """Wait until someone called `shutdown`, or a signal did under `stator.run`."""
+        await self._services.closing.wait()
+
+    # -- what a worker needs (`stator.worker.worker.WorkerHost`)
+
+    async def serve(self, endpoint: EndpointId, generate: Generate) -> ServedEndpoint:
+        """Begin to serve; the caller ends it."""
+        return await Endpoint(self._services, endpoint).start(generate)
+
+    async def publish(self, record: ModelRecord) -> None:
+        """Put a model card into discovery."""
+        await self._services.discovery.register(record)
+
+    async def withdraw(self, record: ModelRecord) -> None:
+        """Take it out again."""
+        await self._services.discovery.unregister(record.key)
+
+
+def _planes(plane: str | MemoryNetwork | None, config: RuntimeConfig) -> PlaneChoice:
+    if isinstance(plane, MemoryNetwork) or config.plane == "memory":
+        network = plane if isinstance(plane, MemoryNetwork) else MemoryNetwork()
+        return PlaneChoice(planes=(MemoryPlane(network),), fall_back=False)
+    return choose_planes(config.plane, lambda name: load_plugin("stator.transports", name))
+
+
+@asynccontextmanager
+async def _open_discovery(
+    given: str | MemoryStore | None, config: RuntimeConfig, sections: Mapping[str, Any], clock: Clock, random: Random
+) -> AsyncIterator[Discovery]:
+    if isinstance(given, MemoryStore):
+        opened: Any = MemoryDiscovery(given, clock=clock, random=random)
+    else:
+        factory = load_plugin("stator.discovery", config.discovery)
+        kind = next(iter(get_type_hints(factory).values()), None)
+        if not (isinstance(kind, type) and issubclass(kind, Config)):
+            raise ConfigError(f"discovery plug-in {config.discovery!r} does not say which settings it takes")
+        own = await asyncio.to_thread(settings.load, kind, _of_section(kind.section, sections))
+        opened = factory(own, clock=clock, random=random)
+    async with opened as discovery:
+        yield cast(Discovery, discovery)
+
+
+def _of_section(section: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(f"{section}."): value for key, value in overrides.items() if key.startswith(f"{section}.")}

@@ -1,0 +1,63 @@
+"""`stator.run`: the event loop and the signals of a program. Nothing else in Stator touches process-wide state."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+__all__ = ["new_event_loop", "run", "shutdown_event"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_shutdown: ContextVar[asyncio.Event | None] = ContextVar("stator_shutdown", default=None)
+
+
+def shutdown_event() -> asyncio.Event:
+    """What a runtime connected here waits for: the program's signal under `run`, an event of its own elsewhere."""
+    return _shutdown.get() or asyncio.Event()
+
+
+def new_event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's loop where it is installed, asyncio's where it is not."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a program: choose the fastest event loop, and make SIGTERM and SIGINT a graceful shutdown of every runtime in it.
+
+    At the first signal each `serve` drains and returns; the second one cancels `main`. Returns what `main` returns.
+    """
+    with asyncio.Runner(loop_factory=new_event_loop()) as runner:
+        return runner.run(_supervised(main))
+
+
+async def _supervised(main: Coroutine[Any, Any, T]) -> T:
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    _shutdown.set(event)
+    current = asyncio.current_task()
+
+    def on_signal(number: signal.Signals) -> None:
+        if event.is_set():
+            logger.warning("second %s: stopping at once", number.name)
+            if current is not None:
+                current.cancel()
+        else:
+            logger.info("%s: shutting down", number.name)
+            event.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        return await main
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
