@@ -1,0 +1,1 @@
+"""Yardsticks: the raw floor, and a sketch of the native plane without flow control, errors, cancellation or metrics."""
