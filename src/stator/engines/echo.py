@@ -39,20 +39,20 @@ class EchoEngine(LLMEngine):
     options_type = EchoOptions
 
     def __init__(self, options: EchoOptions | None = None) -> None:
-        self._options = options or EchoOptions()
-        self._pacer = Pacer(self._options.delay) if self._options.delay else None
+        self.options = options or EchoOptions()
+        self._pacer = Pacer(self.options.delay) if self.options.delay else None
 
     async def start(self, instance_id: int) -> EngineConfig:
         """Raises `ConfigError` if the model directory cannot be used."""
         card = await asyncio.to_thread(self._card)
-        return EngineConfig(model=self._options.model or self._options.name, card=card)
+        return EngineConfig(model=self.options.model or self.options.name, card=card)
 
     def _card(self) -> ModelCard:
-        if not self._options.model:
-            return byte_card(self._options.name)
-        directory = Path(self._options.model)
+        if not self.options.model:
+            return byte_card(self.options.name)
+        directory = Path(self.options.model)
         if not directory.is_dir():
-            raise ConfigError(f"the echo engine needs a directory with a tokenizer, and {self._options.model!r} is none")
+            raise ConfigError(f"the echo engine needs a directory with a tokenizer, and {self.options.model!r} is none")
         return card_from_directory(directory)
 
     async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
@@ -61,7 +61,7 @@ class EchoEngine(LLMEngine):
         if not prompt:
             raise EngineError("token_ids must not be empty", kind="InvalidArgument")
         tokens, reason, stop_reason = _answer(request)
-        chunk, pacer, sent, total = self._options.chunk, self._pacer, 0, len(tokens)
+        chunk, pacer, sent, total = self.options.chunk, self._pacer, 0, len(tokens)
         while True:  # token path
             if pacer is not None and total and not context.is_stopped:
                 await pacer.beat(context)

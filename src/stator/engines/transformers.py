@@ -70,7 +70,7 @@ class TransformersEngine(LLMEngine):
         """Raises `ConfigError` without a model."""
         if not options.model:
             raise ConfigError("the transformers engine needs a model: a directory or an id on the Hugging Face hub")
-        self._options = options
+        self.options = options
         self._report: Callable[[str], None] = lambda text: None
         self._seeds = random.Random(options.seed)
         self._limits: ModelLimits | None = None
@@ -102,22 +102,22 @@ class TransformersEngine(LLMEngine):
         def report(text: str) -> None:
             loop.call_soon_threadsafe(self._report, text)
 
-        self._model = model = await asyncio.to_thread(_load, self._options, report)
+        self._model = model = await asyncio.to_thread(_load, self.options, report)
         self._limits = model.limits
         self._steps = StepThread(
             model.stepped,
             loop=loop,
             deliver=self._deliver,
-            max_running=self._options.max_num_seqs,
-            max_prefill_tokens=self._options.max_prefill_tokens,
+            max_running=self.options.max_num_seqs,
+            max_prefill_tokens=self.options.max_prefill_tokens,
         )
         return EngineConfig(
-            model=self._options.model,
+            model=self.options.model,
             card=model.card,
-            served_name=self._options.name or None,
+            served_name=self.options.name or None,
             context_length=model.limits.context_length,
-            max_num_seqs=self._options.max_num_seqs,
-            max_num_batched_tokens=self._options.max_prefill_tokens,
+            max_num_seqs=self.options.max_num_seqs,
+            max_num_batched_tokens=self.options.max_prefill_tokens,
         )
 
     def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
@@ -126,7 +126,7 @@ class TransformersEngine(LLMEngine):
         return self._answer(request, context)
 
     def _check_room(self) -> None:
-        capacity = self._options.max_num_seqs + self._options.max_waiting
+        capacity = self.options.max_num_seqs + self.options.max_waiting
         if len(self._inboxes) >= capacity:
             raise Overloaded(f"{capacity} requests are running or waiting already", phase="accept")
 

@@ -218,8 +218,9 @@ class Worker:
                 await self._host.withdraw(self._record)
         except StatorError as error:
             logger.warning("could not leave discovery: %s", error)
-        if self._config.grace_period:
-            await self._unless_hurried(asyncio.sleep(self._config.grace_period), limit=self._config.grace_period)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.grace_period):
+                await self._hurry.wait()
         served.drain()
 
     async def _finish_requests(self, served: ServedEndpoint) -> None:
