@@ -1,0 +1,87 @@
+"""Receiving a request body: never more than the limit, never slower than agreed."""
+
+import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from stator.errors import Overloaded
+from stator.frontend.config import FrontendConfig
+from stator.frontend.errors import Failure, Rejected
+
+__all__ = ["BodyReader", "too_large"]
+
+
+class BodyReader:
+    """Receives all request bodies of the process within one budget of bytes."""
+
+    def __init__(self, config: FrontendConfig) -> None:
+        self._config = config
+        self.held = 0
+        """bytes of bodies now being received or parsed"""
+
+    @contextmanager
+    def reading(self, request: web.Request) -> Generator["_Body"]:
+        """Count what is received until the block ends, which should be when the body is parsed."""
+        body = _Body(self, request)
+        try:
+            yield body
+        finally:
+            self.held -= body.size
+
+    def charge(self, size: int) -> None:
+        """Count `size` more bytes; `Overloaded` when the budget is spent."""
+        self.held += size
+        if self.held > self._config.body_budget:
+            raise Overloaded(f"request bodies hold {self.held} bytes, {self._config.body_budget} are allowed")
+
+    @property
+    def config(self) -> FrontendConfig:
+        return self._config
+
+
+class _Body:
+    def __init__(self, reader: BodyReader, request: web.Request) -> None:
+        self._reader = reader
+        self._request = request
+        self.size = 0
+
+    async def read(self) -> bytes:
+        """The whole body. Raises `Rejected` with 415, 413, 408 or 400; the rest of a refused body is discarded by aiohttp."""
+        request, config = self._request, self._reader.config
+        _check_type(request)
+        if (request.content_length or 0) > config.body_limit:
+            raise too_large(config)
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(config.body_timeout) as deadline:
+                async for chunk in request.content.iter_any():
+                    self.size += len(chunk)
+                    self._reader.charge(len(chunk))
+                    if self.size > config.body_limit:
+                        raise too_large(config)
+                    chunks.append(chunk)
+                    deadline.reschedule(begin + config.body_timeout + self.size / config.body_rate)
+        except TimeoutError as error:
+            text = f"The request body did not arrive in time: {self.size} bytes in {loop.time() - begin:.0f} s."
+            raise Rejected(Failure(status=408, message=text, code="request_timeout")) from error
+        except web.RequestPayloadError as error:
+            raise Rejected(Failure(status=400, message="The request body cannot be decoded.", code="bad_body")) from error
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def too_large(config: FrontendConfig) -> Rejected:
+    """413 with the limit in it."""
+    text = f"The request body is larger than the limit of {config.body_limit} bytes."
+    return Rejected(Failure(status=413, message=text, code="request_too_large"))
+
+
+def _check_type(request: web.Request) -> None:
+    if request.content_type.lower() == "application/json" and "Content-Type" in request.headers:
+        return
+    given = request.headers.get("Content-Type", "none")[:100]
+    text = f"The Content-Type must be application/json, got {given}."
+    raise Rejected(Failure(status=415, message=text, code="unsupported_media_type"))

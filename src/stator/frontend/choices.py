@@ -1,0 +1,137 @@
+"""The engine calls behind one HTTP request: n choices for each prompt, all at once, each with its own text state."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from stator.errors import StatorError
+from stator.frontend.chunks import Usage
+from stator.llm.output import EngineOutput
+from stator.llm.postprocess import Postprocessor, TextDelta
+from stator.llm.request import PreprocessedRequest
+from stator.llm.served import ServedModel, TokenStream
+from stator.tasks import Scope
+
+__all__ = ["Choice", "Emit", "make_choices", "run", "total_usage"]
+
+_SENTINEL_GRACE = 1.0
+"""seconds that a worker has to end its stream after the item that said so"""
+_SEEDS = 2**63
+
+
+class Choice:
+    """One engine call. `index` is the choice's in the answer, `prompt` the number of its prompt."""
+
+    __slots__ = ("counted", "index", "post", "prompt", "request", "request_id")
+
+    def __init__(self, served: ServedModel, request: PreprocessedRequest, *, index: int, prompt: int, request_id: str) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.request = request
+        self.request_id = request_id
+        self.post = Postprocessor(served.preprocessor.tokenizer, request)
+        self.counted = 0
+
+    def new_tokens(self) -> int:
+        """Tokens received since the last call."""
+        count = self.post.completion_tokens
+        new, self.counted = count - self.counted, count
+        return new
+
+
+Emit = Callable[[Choice, list[TextDelta]], Awaitable[None]]
+"""Takes what is ready of one choice; waits while the client is behind."""
+
+
+def make_choices(served: ServedModel, prompts: Sequence[PreprocessedRequest], *, n: int, request_id: str) -> list[Choice]:
+    """`n` choices per prompt, numbered prompt by prompt. Each is a call of its own; a seed counts up from choice to choice.
+
+    A single call keeps the request's id; several are `<id>-0`, `<id>-1`, … (`spec/50 §3`).
+    """
+    single = len(prompts) * n == 1
+    return [
+        Choice(
+            served,
+            _nth(prompt, i) if n > 1 else prompt,
+            index=number * n + i,
+            prompt=number,
+            request_id=request_id if single else f"{request_id}-{number * n + i}",
+        )
+        for number, prompt in enumerate(prompts)
+        for i in range(n)
+    ]
+
+
+def _nth(request: PreprocessedRequest, i: int) -> PreprocessedRequest:
+    sampling = request.sampling_options
+    seed = None if sampling.seed is None else (sampling.seed + i + _SEEDS) % (2 * _SEEDS) - _SEEDS
+    return msgspec.structs.replace(request, sampling_options=msgspec.structs.replace(sampling, n=None, best_of=None, seed=seed))
+
+
+async def run(choices: Sequence[Choice], *, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> None:
+    """Generate all choices to their end. The first failure or cancellation ends all: calls are killed at the worker."""
+    if len(choices) == 1:
+        await _run_one(choices[0], open_stream, emit)
+        return
+    async with Scope("choices") as scope:
+        tasks = [scope.spawn(_caught(_run_one(choice, open_stream, emit))) for choice in choices]
+        for task in asyncio.as_completed(tasks):
+            if (error := await task) is not None:
+                raise error
+
+
+async def _caught(work: Awaitable[None]) -> Exception | None:
+    # A failure is the request's, not the scope's, which would log it as a crash.
+    try:
+        await work
+    except Exception as error:
+        return error
+    return None
+
+
+async def _run_one(choice: Choice, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> None:
+    """Token path: one step per batch of items, whatever their number."""
+    post = choice.post
+    async with open_stream(choice) as stream:
+        batches = stream.batches()
+        async for batch in batches:
+            await emit(choice, post.push_many(batch))
+            if post.done:
+                if batch[-1].finish_reason is not None:
+                    await _await_end(batches)
+                return  # killed if it goes on
+    if (last := post.finish()) is not None:
+        await emit(choice, [last])
+
+
+async def _await_end(batches: AsyncIterator[list[EngineOutput]]) -> None:
+    """Let a worker that said its last word end its stream itself: no kill for every request that went well."""
+    # Whatever happens here: the answer is complete.
+    with suppress(StatorError, TimeoutError):
+        async with asyncio.timeout(_SENTINEL_GRACE):
+            async for _ in batches:
+                continue
+
+
+def total_usage(choices: Sequence[Choice]) -> Usage:
+    """Prompts counted once each, completions all. The worker's own count of a prompt wins over ours (`spec/50 §12`)."""
+    prompt_tokens = 0
+    details: dict[str, int | None] = {}
+    seen: set[int] = set()
+    for choice in choices:
+        if choice.prompt in seen:
+            continue
+        seen.add(choice.prompt)
+        own = choice.post.usage
+        prompt_tokens += own.prompt_tokens if own and own.prompt_tokens else len(choice.request.token_ids)
+        for name, count in ((own and own.prompt_tokens_details) or {}).items():
+            details[name] = (details.get(name) or 0) + (count or 0)
+    completion_tokens = sum(choice.post.completion_tokens for choice in choices)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=details or None,
+    )

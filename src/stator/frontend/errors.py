@@ -1,0 +1,118 @@
+"""The one table from our errors to what an OpenAI client sees.
+
+Shape of every error body: `{"error": {"message", "type", "param", "code"}}`. What a client did wrong is told in full; what went
+wrong inside is told by kind and request id only, the log has the rest under the same id.
+"""
+
+from typing import Any
+
+import msgspec
+
+from stator.errors import (
+    Cancelled,
+    Disconnected,
+    EngineError,
+    Overloaded,
+    PeerProtocolError,
+    StatorError,
+    Timeout,
+    Unavailable,
+    UsageError,
+)
+from stator.llm.openai import InvalidRequest
+
+__all__ = ["DRAINING", "Failure", "Rejected", "describe", "model_not_found", "render"]
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """How one failed request is answered. `label` is `error_type` of the metrics (`spec/30 §8.1`)."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    label: str = "validation"
+    retry: bool = False
+    """the answer carries Retry-After"""
+
+    def as_error(self) -> dict[str, Any]:
+        """The object under `error`."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+class Rejected(UsageError):
+    """The frontend itself answers with `failure`; nothing was sent to a worker, or what was sent is given up."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+DRAINING = Failure(
+    status=503,
+    message="The service is shutting down.",
+    type="server_error",
+    code="unavailable",
+    label="unavailable",
+    retry=True,
+)
+
+
+_TABLE: tuple[tuple[type[StatorError], int, str, str, bool, str], ...] = (
+    # error, status (0: the configured overload status), code, metric label, Retry-After, text
+    (Overloaded, 0, "overloaded", "overload", True, "All workers of the model `{model}` are at capacity; try again later."),
+    (Unavailable, 503, "unavailable", "unavailable", True, "No worker of the model `{model}` is ready; try again shortly."),
+    (Timeout, 504, "timeout", "internal", False, "The worker did not answer in time{phase}."),
+    (
+        Disconnected,
+        502,
+        "worker_lost",
+        "internal",
+        False,
+        "The connection to the worker was lost before the answer was complete.",
+    ),
+    (PeerProtocolError, 502, "bad_worker", "internal", False, "The worker sent an answer that cannot be read."),
+    (Cancelled, 500, "cancelled", "cancelled", False, "The request was cancelled by the server."),
+    (EngineError, 500, "engine", "internal", False, "The worker failed while answering."),
+)
+
+
+def describe(error: Exception, *, request_id: str, model: str = "", overload_status: int = 503) -> Failure:
+    """What the client is told about `error`. Never fails and never shows internals."""
+    if isinstance(error, Rejected):
+        return error.failure
+    if isinstance(error, InvalidRequest):
+        return Failure(status=error.status, message=error.message, param=error.param, code=error.openai_code)
+    if isinstance(error, EngineError) and error.kind == "InvalidArgument":
+        return Failure(status=400, message=error.message, code="invalid_argument")
+    for kind, status, code, label, retry, text in _TABLE:
+        if isinstance(error, kind):
+            phase = f" (waiting for: {error.phase})" if error.phase else ""
+            message = f"{text.format(model=model, phase=phase)} Request id: {request_id}"
+            return Failure(
+                status=status or overload_status, message=message, type="server_error", code=code, label=label, retry=retry
+            )
+    return Failure(
+        status=500,
+        message=f"The server failed while handling the request. Request id: {request_id}",
+        type="server_error",
+        code="internal",
+        label="internal",
+    )
+
+
+def model_not_found(model: str) -> Failure:
+    """404 as OpenAI answers it; the name is cut, since it comes from outside."""
+    return Failure(
+        status=404,
+        message=f"The model `{model[:200]}` does not exist or has no worker.",
+        param="model",
+        code="model_not_found",
+        label="not_found",
+    )
+
+
+def render(failure: Failure) -> bytes:
+    """The JSON body of an error answer."""
+    return msgspec.json.encode({"error": failure.as_error()})

@@ -1,0 +1,136 @@
+"""Models in this process: a `ModelSource` whose engines are scripts, for tests of what stands above the runtime."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from stator.llm.card import ModelCard, RuntimeConfig
+from stator.llm.output import EngineOutput
+from stator.llm.preprocess import Preprocessor
+from stator.llm.request import PreprocessedRequest
+from stator.llm.served import ServedModel
+from stator.llm.template import PlainTemplate
+from stator.llm.tokenizer import ByteTokenizer
+
+__all__ = ["EngineCall", "FakeEngine", "FakeModels", "Script", "echo_script"]
+
+
+class EngineCall:
+    """One call as the engine saw it, and how it ended: "" while it runs, then "complete", "failed", "killed" or "refused"."""
+
+    def __init__(
+        self, request: PreprocessedRequest, request_id: str, metadata: dict[str, str], headers: dict[str, str]
+    ) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.metadata = metadata
+        self.headers = headers
+        self.entered = False
+        self.outcome = ""
+        self.ended = asyncio.Event()
+
+    def end(self, outcome: str) -> None:
+        """Note the outcome, once."""
+        if not self.outcome:
+            self.outcome = outcome
+            self.ended.set()
+
+
+Script = Callable[[EngineCall], AsyncGenerator[list[EngineOutput]]]
+"""An async generator function: the batches of one call."""
+
+
+async def echo_script(call: EngineCall) -> AsyncGenerator[list[EngineOutput]]:
+    """Answer with the prompt, a token per batch, at most `max_tokens` of them."""
+    tokens = call.request.token_ids
+    limit = call.request.stop_conditions.max_tokens
+    shown = tokens if limit is None else tokens[:limit]
+    for place, token in enumerate(shown):
+        last = place == len(shown) - 1
+        reason = None if not last else "stop" if len(shown) == len(tokens) else "length"
+        yield [EngineOutput(token_ids=[token], finish_reason=reason)]
+        await asyncio.sleep(0)
+
+
+class _Stream:
+    def __init__(self, call: EngineCall, script: Script, refusal: Exception | None) -> None:
+        self._call = call
+        self._batches = script(call)
+        self._refusal = refusal
+
+    async def __aenter__(self) -> Self:
+        if self._refusal is not None:
+            self._call.end("refused")
+            raise self._refusal
+        self._call.entered = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._call.end("killed")
+        await self._batches.aclose()
+
+    def batches(self) -> AsyncIterator[list[EngineOutput]]:
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[EngineOutput]:
+        try:
+            return await anext(self._batches)
+        except StopAsyncIteration:
+            self._call.end("complete")
+            raise
+        except Exception:
+            self._call.end("failed")
+            raise
+
+
+class FakeEngine:
+    """A `TokenEngine` that runs a script and remembers its calls; `refusal` is raised instead of taking a call."""
+
+    def __init__(self, script: Script = echo_script, *, refusal: Exception | None = None) -> None:
+        self.script = script
+        self.refusal = refusal
+        self.calls: list[EngineCall] = []
+
+    def generate(
+        self, request: PreprocessedRequest, *, request_id: str, metadata: dict[str, str], headers: dict[str, str]
+    ) -> _Stream:
+        call = EngineCall(request, request_id, metadata, headers)
+        self.calls.append(call)
+        return _Stream(call, self.script, self.refusal)
+
+
+class FakeModels:
+    """A `ModelSource` over engines by model name; entries may come and go."""
+
+    def __init__(self, *, context_length: int = 65_536) -> None:
+        self._context_length = context_length
+        self._models: dict[str, ServedModel] = {}
+
+    def add(
+        self, name: str, engine: FakeEngine, *, model_type: str = "Chat | Completions", created: float = 1.7e9
+    ) -> FakeEngine:
+        """Serve `engine` as `name`, with the byte tokenizer and the plain template."""
+        card = ModelCard(
+            display_name=name, model_type=model_type, runtime_config=RuntimeConfig(context_length=self._context_length)
+        )
+        preprocessor = Preprocessor(card, ByteTokenizer(), PlainTemplate())
+        self._models[name] = ServedModel(
+            name=name, card=card, preprocessor=preprocessor, engine=engine, created=1.7e9, instances=lambda: [1]
+        )
+        return engine
+
+    def remove(self, name: str) -> None:
+        """The last worker left."""
+        del self._models[name]
+
+    def get(self, name: str) -> ServedModel | None:
+        return self._models.get(name)
+
+    def models(self) -> list[ServedModel]:
+        return [self._models[name] for name in sorted(self._models)]
