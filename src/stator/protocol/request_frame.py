@@ -25,7 +25,9 @@ __all__ = [
     "acknowledgement_error",
     "encode_acknowledgement",
     "encode_request_frame",
+    "overloaded",
     "too_large",
+    "unavailable",
     "unknown_endpoint",
 ]
 
@@ -167,6 +169,16 @@ def encode_acknowledgement(text: bytes = ACCEPTED) -> bytes:
 def unknown_endpoint(path: str) -> bytes:
     """Acknowledgement text: no handler is registered for `path`."""
     return f"Unknown endpoint: {path}".encode()
+
+
+def overloaded(why: str) -> bytes:
+    """Acknowledgement text: there is no capacity for the request."""
+    return f"Server overloaded: {why}".encode()
+
+
+def unavailable(why: str) -> bytes:
+    """Acknowledgement text: the handler takes nothing new."""
+    return f"Server unavailable: {why}".encode()
 
 
 def too_large(error: PeerProtocolError) -> bytes:

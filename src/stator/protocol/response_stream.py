@@ -26,7 +26,7 @@ from stator.protocol.call_home import (
 from stator.protocol.envelope import Codec
 from stator.protocol.item_frame import FINAL, ItemFrame, encode_error_item, encode_item, item_decoder
 from stator.protocol.stream import Phase, Receiver
-from stator.protocol.two_part import TwoPartParser
+from stator.protocol.two_part import TwoPartParser, encode_frame
 from stator.protocol.values import DECODE_ERRORS
 from stator.protocol.wire_errors import from_wire, to_wire
 
@@ -34,6 +34,8 @@ __all__ = ["MAX_ITEM_SIZE", "ResponseReader", "ResponseWriter"]
 
 MAX_ITEM_SIZE = 134_217_728
 """Default limit of one frame of a response stream, in bytes. The reference has none."""
+
+_EMPTY = encode_frame()
 
 _NO_WINDOW = 2**62
 
@@ -65,6 +67,10 @@ class ResponseWriter:
     def send(self, value: Any) -> None:
         """One item. Raises `EngineError` when the value is outside of the data model; nothing is written then."""
         self.out.append(encode_item(value, self._codec))
+
+    def skip(self) -> None:
+        """A frame that readers skip; only after `accept` and before `end`."""
+        self.out.append(_EMPTY)
 
     def end(self, error: StatorError | None = None) -> None:
         """Final frame and sentinel, after an error item if there is an error."""
@@ -151,6 +157,11 @@ class ResponseReader:
     @property
     def full(self) -> bool:
         return self._held is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether `data_to_send` has something."""
+        return bool(self._out)
 
     def resume(self) -> None:
         """Go on with frames that have arrived, as far as the window reaches. Raises like `receive_data`."""

@@ -1,0 +1,91 @@
+"""Addresses of the compatible plane: instance addresses, what to advertise, what is on this host."""
+
+import fcntl
+import ipaddress
+import socket
+import struct
+from functools import lru_cache
+
+import msgspec
+
+from stator.errors import ConfigError, ConnectFailed, PeerProtocolError
+from stator.protocol.control_message import parse_address
+
+__all__ = ["InstanceAddress", "advertised_host", "interface_address", "is_local", "is_loopback", "join_host_port"]
+
+_SIOCGIFADDR = 0x8915
+
+
+class InstanceAddress(msgspec.Struct, frozen=True):
+    """The `tcp` value of a record: `host:port/path` (`spec/10 §1.1`)."""
+
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def parse(cls, text: str, *, instance: int) -> "InstanceAddress":
+        """Read it, with or without `tcp://`; `ConnectFailed` when it is none."""
+        address, slash, path = text.removeprefix("tcp://").partition("/")
+        try:
+            host, port = parse_address(address)
+        except PeerProtocolError as error:
+            raise ConnectFailed(f"instance has no usable TCP address: {error}", instance=instance, phase="connect") from error
+        if not slash or not path:
+            raise ConnectFailed(f"instance address {text!r} has no path", instance=instance, phase="connect")
+        return cls(host, port, path)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """`host:port`, with brackets around IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def advertised_host(*, bound: str, advertise: str | None, setting: str) -> str:
+    """The address that other hosts are told. `bound` stands for itself unless it is a wildcard.
+
+    Raises `ConfigError` naming `setting`: the reference takes IP addresses only, and nobody can connect to a wildcard.
+    """
+    host = advertise or bound
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise ConfigError(
+            f"{host!r} cannot be advertised, it is not an IP address; set {setting} to one of this host's"
+        ) from error
+    if address.is_unspecified:
+        raise ConfigError(f"the wildcard {host} cannot be advertised; set {setting} to an address others can reach")
+    return host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@lru_cache(maxsize=4096)
+def is_local(host: str) -> bool:
+    """Whether `host` is an address of this host, which can be bound. A host name counts as local; nothing is known of it."""
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        return True
+    with socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def interface_address(name: str) -> str:
+    """The IPv4 address of the network interface `name`; `ValueError` when there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError as error:
+            raise ValueError(f"Interface not found: {name}") from error
+    return socket.inet_ntoa(answer[20:24])

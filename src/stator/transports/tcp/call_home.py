@@ -1,0 +1,338 @@
+"""Where a client waits for its answers: one listener per process, one subject per request (`spec/10 §3`)."""
+
+import asyncio
+import logging
+import socket
+import struct
+import uuid
+from typing import cast
+
+from stator.errors import ConnectFailed, Disconnected, PeerProtocolError, StatorError
+from stator.protocol.call_home import HandshakeReader
+from stator.protocol.envelope import Codec
+from stator.protocol.request_frame import acknowledgement_error
+from stator.protocol.response_stream import ResponseReader
+from stator.protocol.stream import Phase
+from stator.tasks import DeadlineWheel
+from stator.tasks.wheel import Timed
+from stator.transports.inbox import Inbox
+from stator.transports.tcp.address import advertised_host, join_host_port
+from stator.transports.tcp.closing import closed
+from stator.transports.tcp.config import TcpConfig
+
+__all__ = ["CallHomeListener", "ExpectedStream"]
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_AFTER_ERROR = 1.0
+"""seconds for final frame and sentinel after an error item, which has ended the stream already"""
+
+_NO_LINGER = struct.pack("ii", 1, 0)
+
+
+class ExpectedStream:
+    """One request of a client from before it is sent to its end: the inbox's link to the plane."""
+
+    __slots__ = ("_connection", "_inbox", "_listener", "reader", "subject")
+
+    def __init__(self, listener: "CallHomeListener", inbox: Inbox, codec: Codec, limit: int) -> None:
+        self.subject = str(uuid.uuid4())
+        self.reader = ResponseReader(inbox, codec=codec, limit=limit)
+        self._inbox = inbox
+        self._listener = listener
+        self._connection: CallHomeConnection | None = None
+
+    @property
+    def instance(self) -> int:
+        return self._inbox.instance
+
+    # -- from the request connection
+
+    def acknowledged(self, text: bytes) -> None:
+        """The worker has the request, or says why not. Call-home may have been faster; then there is nothing to learn."""
+        if self._connection is None and not self._inbox.ended:
+            error = acknowledgement_error(text, instance=self.instance)
+            if error is None:
+                self._inbox.advance(Phase.CALL_HOME)
+            else:
+                self.fail(error)
+
+    def fail(self, error: StatorError) -> None:
+        """No answer will come. A stream whose worker has called home goes on."""
+        if self._connection is None:
+            self._listener.forget(self)
+            self._inbox.finish(error)
+
+    # -- from the call-home connection
+
+    def connected(self, connection: "CallHomeConnection") -> None:
+        """The worker called home."""
+        self._connection = connection
+        self.reader.connected()
+
+    @property
+    def decided(self) -> bool:
+        """Whether the outcome is known, so that the connection need not last."""
+        return self._inbox.ended
+
+    # -- StreamLink
+
+    def stop(self) -> None:
+        self.reader.stop()
+        if self._connection is not None:
+            self._connection.flush()
+
+    def kill(self) -> None:
+        self.reader.kill()
+        if self._connection is not None:
+            self._connection.flush()
+        else:
+            self._listener.forget(self)
+
+    def taken(self) -> None:
+        if self.reader.full and self._connection is not None:
+            self._connection.resume_soon()
+
+
+class CallHomeConnection(asyncio.Protocol):
+    """One connection that a worker made."""
+
+    __slots__ = ("_handshake", "_listener", "_resuming", "_stream", "_timer", "_transport", "since")
+
+    def __init__(self, listener: "CallHomeListener") -> None:
+        self._listener = listener
+        self._handshake: HandshakeReader | None = HandshakeReader()
+        self._stream: ExpectedStream | None = None
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._resuming = False
+        self.since = 0.0
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
+        self._listener.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        stream = self._stream
+        if stream is None:
+            self._greet(data)
+            return
+        try:
+            stream.reader.receive_data(data)
+        except PeerProtocolError as error:
+            self._listener.violated(error)
+        self._settle(stream)
+
+    def _greet(self, data: bytes) -> None:
+        """Bytes before the handshake is complete."""
+        if self._handshake is None:
+            return
+        try:
+            found = self._handshake.receive_data(data)
+            if found is None:
+                return
+            handshake, rest = found
+            self._handshake = None
+            stream = self._listener.claim(self, handshake.subject, handshake.stream_type)
+        except PeerProtocolError as error:
+            self._listener.violated(error)
+            self.abort()
+            return
+        self._stream = stream
+        stream.connected(self)
+        if stream.reader.closed:
+            self.abort()
+        elif rest:
+            self.data_received(rest)
+
+    def _settle(self, stream: ExpectedStream) -> None:
+        """What the bytes just read ask of the connection."""
+        reader, transport = stream.reader, self._transport
+        if transport is None:
+            return
+        if reader.closed or reader.writes:
+            self.flush()
+        if reader.full:
+            transport.pause_reading()
+        if stream.decided and self._timer is None and not reader.closed:
+            self._timer = asyncio.get_running_loop().call_later(_AFTER_ERROR, self.abort)
+
+    def eof_received(self) -> bool:
+        self._end()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._end()
+        self._stream = None
+        self._listener.closed(self)
+
+    def _end(self) -> None:
+        if self._stream is not None:
+            try:
+                self._stream.reader.receive_eof()
+            except PeerProtocolError as error:
+                self._listener.violated(error)
+
+    # -- from the stream
+
+    def flush(self) -> None:
+        """Write what the reader has to say; close behind it if it is done."""
+        transport, stream = self._transport, self._stream
+        if transport is None or stream is None or transport.is_closing():
+            return
+        data = stream.reader.data_to_send()
+        if data:
+            transport.write(data)
+        if stream.reader.closed:
+            if not data:
+                # Nothing is in flight after a sentinel: a reset spares the port its rest in TIME_WAIT, as the reference does.
+                self._reset_on_close(transport)
+            transport.close()
+
+    def resume_soon(self) -> None:
+        """The application took what there was. Not at once: the caller is about to wait for what this will bring."""
+        if not self._resuming:
+            self._resuming = True
+            asyncio.get_running_loop().call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._resuming = False
+        stream, transport = self._stream, self._transport
+        if stream is None or transport is None:
+            return
+        try:
+            stream.reader.resume()
+        except PeerProtocolError as error:
+            self._listener.violated(error)
+        if not stream.reader.full and not stream.reader.closed:
+            transport.resume_reading()
+        self._settle(stream)
+
+    def abort(self) -> None:
+        """Reset the connection, which the worker takes for a kill; an open stream is cut."""
+        if self._transport is not None:
+            self._reset_on_close(self._transport)
+            self._transport.abort()
+
+    def _reset_on_close(self, transport: asyncio.Transport) -> None:
+        if not transport.is_closing():
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+
+
+class CallHomeListener:
+    """The listener of a process and the subjects it expects. Made by `CallHomeListener.listen`."""
+
+    slot: set[Timed] | None = None
+
+    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel) -> None:
+        self._config = config
+        self._wheel = wheel
+        self._expected: dict[str, ExpectedStream] = {}
+        self._silent: dict[CallHomeConnection, None] = {}
+        self._connected: set[CallHomeConnection] = set()
+        self._server: asyncio.Server | None = None
+        self.host = ""
+        self.address = ""
+        """`host:port` that workers are told"""
+
+    @classmethod
+    async def listen(cls, *, config: TcpConfig, wheel: DeadlineWheel, advertise_host: str | None) -> "CallHomeListener":
+        """Open the listener. Raises like `CompatibleServer.listen`."""
+        listener = cls(config=config, wheel=wheel)
+        listener.host = advertised_host(bound=config.call_home_host, advertise=advertise_host, setting="STATOR_ADVERTISE_HOST")
+        host, port = config.call_home_host, config.call_home_port
+        try:
+            server = await wheel.loop.create_server(lambda: CallHomeConnection(listener), host, port, backlog=_BACKLOG)
+        except OSError as error:
+            raise ConnectFailed(f"cannot wait for answers on {host}:{port}: {error}") from error
+        listener._server = server
+        listener.address = join_host_port(listener.host, server.sockets[0].getsockname()[1])
+        return listener
+
+    @property
+    def open_streams(self) -> int:
+        """Requests that wait for their worker, and connections that have not ended."""
+        return len(self._expected) + len(self._connected)
+
+    # -- subjects
+
+    def expect(self, inbox: Inbox, codec: Codec) -> ExpectedStream:
+        """Register a subject for a request that is about to be sent."""
+        stream = ExpectedStream(self, inbox, codec, self._config.max_item_size)
+        self._expected[stream.subject] = stream
+        return stream
+
+    def forget(self, stream: ExpectedStream) -> None:
+        """The request will not be answered: whoever calls home with its subject is turned away."""
+        self._expected.pop(stream.subject, None)
+
+    def forget_instance(self, instance: int) -> None:
+        """The instance left discovery: what waits for its call will wait in vain."""
+        for stream in [stream for stream in self._expected.values() if stream.instance == instance]:
+            stream.fail(Disconnected("the instance left discovery before it called home", instance=instance, phase="call home"))
+
+    # -- connections
+
+    def opened(self, connection: CallHomeConnection) -> None:
+        """Somebody connected and has not said for whom."""
+        connection.since = self._wheel.now()
+        self._connected.add(connection)
+        self._silent[connection] = None
+        if self.slot is None:
+            self._wheel.arm(self, connection.since + self._config.handshake_timeout)
+        if len(self._silent) > self._config.max_silent:
+            next(iter(self._silent)).abort()
+
+    def claim(self, connection: CallHomeConnection, subject: str, stream_type: str) -> ExpectedStream:
+        """The stream that a handshake is for. `PeerProtocolError` when nobody expects it."""
+        self._silent.pop(connection, None)
+        stream = self._expected.get(subject)
+        if stream is None:
+            raise PeerProtocolError("nobody expects this subject")
+        if stream_type != "response":
+            raise PeerProtocolError(f"a {stream_type} stream is not expected for this subject")
+        del self._expected[subject]
+        return stream
+
+    def closed(self, connection: CallHomeConnection) -> None:
+        """A connection ended."""
+        self._silent.pop(connection, None)
+        self._connected.discard(connection)
+
+    def violated(self, error: PeerProtocolError) -> None:
+        """A worker broke the protocol, or called home for a request that was given up."""
+        logger.info("call-home connection closed: %s", error)
+
+    def expire(self, now: float) -> float:
+        """Called by the wheel: close connections that have said nothing for too long."""
+        for connection in tuple(self._silent):
+            due = connection.since + self._config.handshake_timeout
+            if due > now:
+                return due
+            logger.info("call-home connection closed: no handshake within %s s", self._config.handshake_timeout)
+            self._silent.pop(connection, None)
+            connection.abort()
+        return 0.0
+
+    async def aclose(self) -> None:
+        """Stop listening; streams end `Disconnected`, workers are told by the end of their connections."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        for stream in tuple(self._expected.values()):
+            stream.fail(Disconnected("the client closed its plane", instance=stream.instance))
+        self.cut()
+        self._wheel.disarm(self)
+        await closed(server, lambda: len(self._connected))
+
+    def cut(self) -> None:
+        """End all connections without ceremony."""
+        for connection in tuple(self._connected):
+            connection.abort()

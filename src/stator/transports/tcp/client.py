@@ -1,0 +1,163 @@
+"""The caller's side of the compatible plane: pushes requests to workers, waits for their calls."""
+
+import asyncio
+
+import msgspec
+
+from stator.clock import Clock
+from stator.errors import ConfigError, ConnectFailed, Disconnected
+from stator.protocol.control_message import CallHomeAddress, ConnectionInfo, ControlMessage, encode_control_message
+from stator.protocol.envelope import Codec, RequestEnvelope
+from stator.protocol.records import EndpointRecord
+from stator.protocol.request_frame import encode_request_frame
+from stator.protocol.stream import Phase
+from stator.protocol.two_part import encode_frame
+from stator.protocol.values import from_json
+from stator.tasks import DeadlineWheel, Scope
+from stator.transports.inbox import Inbox
+from stator.transports.tcp.address import InstanceAddress, is_local, is_loopback
+from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
+from stator.transports.tcp.closing import closed
+from stator.transports.tcp.config import TcpConfig
+from stator.transports.tcp.headers import request_headers
+from stator.transports.tcp.request_line import RequestPool
+
+__all__ = ["CompatibleClient"]
+
+
+class CompatibleClient:
+    """`PlaneClient` of the compatible TCP plane. Made by `CompatibleClient.start`."""
+
+    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel, clock: Clock, listener: CallHomeListener) -> None:
+        self._config = config
+        self._wheel = wheel
+        self._clock = clock
+        self._listener = listener
+        self._pools: dict[tuple[str, int], RequestPool] = {}
+        self._dials = Scope("request dials")
+        self._connects = asyncio.Semaphore(config.concurrent_connects)
+        self._closed = False
+
+    @classmethod
+    async def start(
+        cls, *, config: TcpConfig, wheel: DeadlineWheel, clock: Clock, advertise_host: str | None = None
+    ) -> "CompatibleClient":
+        """Open the call-home listener. `advertise_host` is what workers are told to call in place of the bound address.
+
+        Raises `ConfigError` for an address that cannot be advertised, `ConnectFailed` for one that cannot be bound.
+        """
+        listener = await CallHomeListener.listen(config=config, wheel=wheel, advertise_host=advertise_host)
+        return cls(config=config, wheel=wheel, clock=clock, listener=listener)
+
+    @property
+    def call_home_address(self) -> str:
+        """`host:port` that workers are told."""
+        return self._listener.address
+
+    @property
+    def open_streams(self) -> int:
+        """Requests whose call-home is awaited or whose connection has not ended."""
+        return self._listener.open_streams
+
+    @property
+    def request_connections(self) -> int:
+        """Open connections to workers' request listeners."""
+        return sum(pool.lines for pool in self._pools.values())
+
+    # -- PlaneClient
+
+    def serves(self, record: EndpointRecord) -> bool:
+        return record.transport.tcp is not None
+
+    async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
+        instance = record.instance_id
+        address = InstanceAddress.parse(record.transport.tcp or "", instance=instance)
+        self._check_reachable(address.host, instance)
+        pool = self._pool(address)
+        line = pool.line() or await pool.wait(instance)
+        if inbox.ended:
+            raise inbox.error or Disconnected("the request ended before it was sent", instance=instance, phase="connect")
+        # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
+        stream = self._listener.expect(inbox, self._codec(record))
+        try:
+            frame = self._frame(address.path, envelope, stream, self._codec(record))
+        except BaseException:
+            self._listener.forget(stream)
+            raise
+        inbox.link = stream
+        inbox.advance(Phase.ACCEPT)
+        line.send(frame, stream)
+
+    def forget(self, record: EndpointRecord) -> None:
+        self._listener.forget_instance(record.instance_id)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await self._dials.aclose()
+        for pool in tuple(self._pools.values()):
+            pool.abort(Disconnected("the client closed its plane"))
+        await self._listener.aclose()
+        await closed(None, lambda: self.request_connections)
+
+    def cut(self) -> None:
+        """Break every connection without a goodbye, as a lost network would."""
+        for pool in tuple(self._pools.values()):
+            pool.abort(Disconnected("the network was cut"))
+        self._listener.cut()
+
+    # -- requests
+
+    def _codec(self, record: EndpointRecord) -> Codec:
+        """The record's codec if it names one that is known (`spec/10 §8`), else the setting."""
+        match record.request_plane_codec:
+            case "json":
+                return "json"
+            case "msgpack":
+                return "msgpack"
+            case _:
+                return self._config.codec
+
+    def _frame(self, path: str, envelope: RequestEnvelope, stream: ExpectedStream, codec: Codec) -> bytes:
+        """The request frame. Raises `UsageError` when the request is too large."""
+        home = CallHomeAddress(address=self._listener.address, subject=stream.subject, context=envelope.id)
+        message = ControlMessage(id=envelope.id, payload_codec=codec, connection_info=ConnectionInfo.of(home))
+        if envelope.metadata:
+            message = msgspec.structs.replace(message, metadata=dict(sorted(envelope.metadata.items())))
+        return encode_request_frame(
+            path,
+            request_headers(path, envelope, wall=self._clock.wall()),
+            encode_frame(encode_control_message(message), from_json(envelope.payload, codec)),
+            limit=self._config.max_message_size,
+        )
+
+    def _pool(self, address: InstanceAddress) -> RequestPool:
+        if self._closed:
+            raise ConnectFailed("the client closed its plane", phase="connect")
+        key = (address.host, address.port)
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = RequestPool(
+                address.host,
+                address.port,
+                config=self._config,
+                wheel=self._wheel,
+                dials=self._dials,
+                connects=self._connects,
+                empty=self._drop,
+            )
+        return pool
+
+    def _drop(self, pool: RequestPool) -> None:
+        """The last connection of a pool ended."""
+        if self._pools.get((pool.host, pool.port)) is pool:
+            del self._pools[pool.host, pool.port]
+
+    def _check_reachable(self, host: str, instance: int) -> None:
+        """A worker elsewhere cannot call a loopback address: say so now instead of waiting for it."""
+        if is_loopback(self._listener.host) and not is_local(host):
+            raise ConfigError(
+                f"the worker at {host} is on another host and cannot call home to {self._listener.address};"
+                " set STATOR_TCP_CALL_HOME_HOST to an address of this host that the worker can reach",
+                instance=instance,
+                phase="connect",
+            )

@@ -1,0 +1,36 @@
+"""The headers of a request frame (`spec/10 §1.2, §9`): for logs and traces; a request is complete without them."""
+
+import math
+
+from stator.protocol.envelope import RequestEnvelope
+
+__all__ = ["TRACE_HEADERS", "read_deadline", "request_headers"]
+
+TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
+"""What travels from the caller's context into the handler's."""
+
+_DEADLINE = "x-stator-deadline"
+"""Seconds left when the request was sent; ours, unknown to the reference."""
+
+
+def request_headers(path: str, envelope: RequestEnvelope, *, wall: float) -> dict[str, str]:
+    """The headers of a request sent at `wall`, in seconds since the epoch."""
+    headers = {"x-endpoint-path": path, "request-id": envelope.id, "x-frontend-send-ts-ns": str(int(wall * 1e9))}
+    for name in TRACE_HEADERS:
+        if name in envelope.headers:
+            headers[name] = envelope.headers[name]
+    if envelope.deadline is not None:
+        headers[_DEADLINE] = f"{envelope.deadline:.3f}"
+    return headers
+
+
+def read_deadline(headers: dict[str, str]) -> float | None:
+    """Seconds the caller will still wait, or None when it does not say."""
+    text = headers.get(_DEADLINE)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds > 0 else None

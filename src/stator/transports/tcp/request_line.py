@@ -1,0 +1,261 @@
+"""Request connections of a client: pipelined, acknowledged in order, pooled per worker process (`spec/10 §1.4`)."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from stator.errors import ConnectFailed, Disconnected, PeerProtocolError, StatorError, Timeout
+from stator.protocol.request_frame import AcknowledgementParser
+from stator.tasks import DeadlineWheel, Scope
+from stator.tasks.wheel import Timed
+from stator.transports.tcp.call_home import ExpectedStream
+from stator.transports.tcp.config import TcpConfig
+
+__all__ = ["RequestLine", "RequestPool"]
+
+logger = logging.getLogger(__name__)
+
+_HIGH_WATER = 256 * 1024
+"""bytes not yet taken by the kernel at which a line counts as full"""
+
+
+class RequestLine(asyncio.Protocol):
+    """One connection. `freed` is called when it can take requests again, `gone` once, when it has ended."""
+
+    slot: set[Timed] | None = None
+
+    def __init__(
+        self,
+        *,
+        config: TcpConfig,
+        wheel: DeadlineWheel,
+        freed: Callable[[], None],
+        gone: Callable[["RequestLine"], None],
+    ) -> None:
+        self._config = config
+        self._wheel = wheel
+        self._freed = freed
+        self._gone = gone
+        self._parser = AcknowledgementParser()
+        self._transport: asyncio.Transport | None = None
+        self._pending: deque[tuple[ExpectedStream, float]] = deque()
+        self._out: list[bytes] = []
+        self._paused = False
+        self._used = 0.0
+        self._reason: StatorError | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request can be sent now."""
+        return (
+            not self._paused
+            and len(self._pending) < self._config.pipeline
+            and self._transport is not None
+            and not self._transport.is_closing()
+        )
+
+    def send(self, frame: bytes, stream: ExpectedStream) -> None:
+        """Send a request; `stream` hears of its acknowledgement, or that there will be none."""
+        now = self._wheel.now()
+        if not self._pending:
+            self._wheel.arm(self, now + self._config.request_timeout)
+        self._pending.append((stream, now))
+        if not self._out:
+            self._wheel.loop.call_soon(self._flush)
+        self._out.append(frame)
+
+    def _flush(self) -> None:
+        out, self._out = self._out, []
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER)
+        self._used = self._wheel.now()
+        self._wheel.arm(self, self._used + self._config.idle_timeout)
+
+    def data_received(self, data: bytes) -> None:
+        full = len(self._pending) >= self._config.pipeline
+        try:
+            for text in self._parser.receive_data(data):
+                if not self._pending:
+                    raise PeerProtocolError("an acknowledgement came without a request")
+                self._pending.popleft()[0].acknowledged(text)
+        except PeerProtocolError as error:
+            logger.warning("request connection closed: %s", error)
+            self.abort(Disconnected(f"the worker broke the protocol: {error.message}", phase="accept"))
+            return
+        self._used = self._wheel.now()
+        if full:
+            self._freed()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._freed()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._wheel.disarm(self)
+        self._gone(self)
+        why = f"the connection ended before the request was acknowledged: {exc or 'closed by the worker'}"
+        reason = self._reason or Disconnected(why)
+        pending, self._pending = self._pending, deque()
+        for stream, _ in pending:
+            stream.fail(type(reason)(reason.message, instance=stream.instance, phase="accept"))
+
+    # -- ends
+
+    def expire(self, now: float) -> float:
+        """Called by the wheel: is an acknowledgement overdue, or the line idle for long?"""
+        if self._pending:
+            due = self._pending[0][1] + self._config.request_timeout
+            if now < due:
+                return due
+            self.abort(Timeout(f"no acknowledgement within {self._config.request_timeout} s", phase="accept"))
+            return 0.0
+        due = self._used + self._config.idle_timeout
+        if now < due:
+            return due
+        self.abort(Disconnected("the connection was idle"))
+        return 0.0
+
+    def abort(self, reason: StatorError) -> None:
+        """Close at once; requests not acknowledged fail with `reason`."""
+        if self._reason is None:
+            self._reason = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class RequestPool:
+    """The lines to one worker process. A second one is made only when the first is full, and so on."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        config: TcpConfig,
+        wheel: DeadlineWheel,
+        dials: Scope,
+        connects: asyncio.Semaphore,
+        empty: Callable[["RequestPool"], None],
+    ) -> None:
+        self.host = host
+        self.port = port
+        self._config = config
+        self._wheel = wheel
+        self._dials = dials
+        self._connects = connects
+        self._empty = empty
+        self._lines: list[RequestLine] = []
+        self._dialling: asyncio.Task[None] | None = None
+        self._callers = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def lines(self) -> int:
+        """Open connections."""
+        return len(self._lines)
+
+    def line(self) -> RequestLine | None:
+        """A line that takes a request now."""
+        for line in self._lines:
+            if line.usable:
+                return line
+        return None
+
+    async def wait(self, instance: int) -> RequestLine:
+        """A line as soon as there is one. Raises `ConnectFailed` or `Timeout` (phase "connect"). Cancelled: nothing changed."""
+        limit = self._config.connect_timeout
+        self._callers += 1
+        try:
+            async with asyncio.timeout(limit):
+                while (line := self.line()) is None:
+                    await self._progress()
+                return line
+        except TimeoutError as error:
+            raise Timeout(
+                f"no connection to {self.host}:{self.port} within {limit} s", instance=instance, phase="connect"
+            ) from error
+        except OSError as error:
+            raise ConnectFailed(
+                f"cannot connect to {self.host}:{self.port}: {error}", instance=instance, phase="connect"
+            ) from error
+        finally:
+            self._callers -= 1
+            self._leave_if_empty()
+
+    async def _progress(self) -> None:
+        """Wait for a dial, which all callers share, or for room on a line once there are `pool_size` of them."""
+        if self._dials.closed:
+            raise ConnectionAbortedError("the client closed its plane")
+        if self._dialling is None and len(self._lines) < self._config.pool_size:
+            self._dialling = self._dials.spawn(self._dial(), name=f"dial {self.host}:{self.port}")
+            self._dialling.add_done_callback(self._dialled)
+        if self._dialling is not None:
+            await _shared(self._dialling)
+            return
+        waiter = self._wheel.loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    async def _dial(self) -> None:
+        line = RequestLine(config=self._config, wheel=self._wheel, freed=self._freed, gone=self._lost)
+        async with self._connects, asyncio.timeout(self._config.connect_timeout):
+            await self._wheel.loop.create_connection(lambda: line, self.host, self.port)
+        if not line.usable:
+            raise ConnectionResetError("the connection ended at once")
+        self._lines.append(line)
+
+    def _dialled(self, task: asyncio.Task[None]) -> None:
+        self._dialling = None
+        if not task.cancelled():
+            task.exception()  # those who wait for it have it; nobody may
+        self._freed()
+        self._leave_if_empty()
+
+    def _freed(self) -> None:
+        """There may be room: let those who wait look."""
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _lost(self, line: RequestLine) -> None:
+        if line in self._lines:
+            self._lines.remove(line)
+        self._freed()
+        self._leave_if_empty()
+
+    def _leave_if_empty(self) -> None:
+        if not self._lines and self._dialling is None and not self._callers:
+            self._empty(self)
+
+    def abort(self, reason: StatorError) -> None:
+        """Close all lines."""
+        for line in tuple(self._lines):
+            line.abort(reason)
+
+
+async def _shared(task: asyncio.Task[None]) -> None:
+    """Wait for a task that others wait for too. Its own cancellation is an `OSError` here, ours leaves it alone."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        ours = asyncio.current_task()
+        if task.cancelled() and ours is not None and not ours.cancelling():
+            raise ConnectionAbortedError("the client closed its plane") from None
+        raise
