@@ -126,10 +126,10 @@ class Client:
         if route is None:
             route = self._routes[name, True] = self._route(policy(), ANYWHERE, retry=True)
         limits = self._limits_for(options.pop("timeout", None), options.pop("limits", None))
-        arguments = [options.pop(key, None) for key in ("id", "metadata", "headers")]
+        id, metadata, headers = (options.pop(key, None) for key in ("id", "metadata", "headers"))
         if options:
             raise UsageError(f"unknown options: {', '.join(sorted(options))}")
-        return self._call(request, context, route, *arguments, limits)
+        return self._call(request, context, route, id, metadata, headers, limits)
 
     def _limits_for(self, timeout: float | None, limits: Mapping[str, float | None] | None) -> Any:
         if timeout is None and not limits:

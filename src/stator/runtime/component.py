@@ -1,7 +1,7 @@
 """Names with behaviour: namespace → component → endpoint (`spec/20 §1`)."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -89,7 +89,9 @@ class Endpoint:
         return await ServedEndpoint.start(self._services, self.id, generate_function(handler), device_type=device)
 
     @asynccontextmanager
-    async def serving(self, handler: Handler | Engine, *, device_type: str | None = None) -> AsyncIterator[ServedEndpoint]:
+    async def serving(
+        self, handler: Handler | Engine, *, device_type: str | None = None
+    ) -> AsyncGenerator[ServedEndpoint, None]:
         """Serve inside the block; leaving it drains (at most `shutdown_timeout` seconds)."""
         served = await self.start(handler, device_type=device_type)
         try:

@@ -64,7 +64,10 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     shutdown_timeout: Annotated[
         float,
         Setting(
-            doc="how long running requests may take at shutdown", unit="s", ge=0, dyn="DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
+            doc="how long running requests may take at shutdown",
+            unit="s",
+            ge=0,
+            dyn="DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS",
         ),
     ] = 30.0
 

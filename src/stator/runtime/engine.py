@@ -65,7 +65,7 @@ def pipeline(*stages: Operator | Engine) -> Engine:
 
 def generate_function(handler: Handler | Engine) -> Generate:
     """Bring what a user may serve to one form. Raises `UsageError` for anything that is not an async generator or engine."""
-    function: Any = handler if not isinstance(handler, Engine) else handler.generate
+    function: Any = getattr(handler, "generate", handler)
     if not callable(function):
         raise UsageError(f"cannot serve {handler!r}: expected an async generator function or an object with generate()")
     if inspect.iscoroutinefunction(function):

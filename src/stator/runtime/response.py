@@ -8,7 +8,16 @@ from typing import Any, Self
 
 import msgspec
 
-from stator.errors import Cancelled, ConnectFailed, Disconnected, EngineError, Overloaded, StatorError, Timeout, Unavailable, UsageError
+from stator.errors import (
+    ConnectFailed,
+    Disconnected,
+    EngineError,
+    Overloaded,
+    StatorError,
+    Timeout,
+    Unavailable,
+    UsageError,
+)
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.protocol.stream import Phase

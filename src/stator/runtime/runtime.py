@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, cast, get_type_hints
 
@@ -53,7 +52,7 @@ class Runtime:
         clock: Clock | None = None,
         random: Random | None = None,
         **overrides: Any,
-    ) -> "AsyncIterator[Runtime]":
+    ) -> "AsyncGenerator[Runtime, None]":
         """Join the cluster inside the block; leaving it drains what is served, leaves discovery and closes every connection.
 
         Settings: arguments > `STATOR_*` > `DYN_*` > the file named by `STATOR_CONFIG` > defaults. Arguments are fields of
@@ -179,7 +178,7 @@ def _planes(plane: str | MemoryNetwork | None, config: RuntimeConfig) -> PlaneCh
 @asynccontextmanager
 async def _open_discovery(
     given: str | MemoryStore | None, config: RuntimeConfig, sections: Mapping[str, Any], clock: Clock, random: Random
-) -> AsyncIterator[Discovery]:
+) -> AsyncGenerator[Discovery, None]:
     if isinstance(given, MemoryStore):
         opened: Any = MemoryDiscovery(given, clock=clock, random=random)
     else:

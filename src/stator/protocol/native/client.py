@@ -10,7 +10,20 @@ import msgspec
 from stator.errors import Disconnected, Overloaded, PeerProtocolError, UsageError
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.native.budget import ByteBudget
-from stator.protocol.native.frames import ACCEPT, CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame, pack_header
+from stator.protocol.native.frames import (
+    ACCEPT,
+    CREDIT,
+    END,
+    ITEMS,
+    KILL,
+    MAX_PAYLOAD,
+    MORE,
+    OPEN,
+    REFUSE,
+    STOP,
+    frame,
+    pack_header,
+)
 from stator.protocol.native.hello import Goaway, Hello
 from stator.protocol.native.liveness import LivenessLimits
 from stator.protocol.native.outgoing import ITEM_OVERHEAD, RequestSender
@@ -38,7 +51,18 @@ def _decoders(item_type: Any) -> tuple[Callable[[bytes], list[Any]], Callable[[b
 class ClientStream:
     """One open request; the `StreamLink` of its inbox."""
 
-    __slots__ = ("_fragments", "_lines", "_one", "_request", "_session", "_uncredited", "_unread", "_window", "number", "receiver")
+    __slots__ = (
+        "_fragments",
+        "_lines",
+        "_one",
+        "_request",
+        "_session",
+        "_uncredited",
+        "_unread",
+        "_window",
+        "number",
+        "receiver",
+    )
 
     def __init__(self, session: "ClientSession", number: int, receiver: Receiver, window: int) -> None:
         self.number = number

@@ -12,7 +12,7 @@ from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.frames import ACCEPT, CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame
 from stator.protocol.native.hello import Goaway, Hello
 from stator.protocol.native.liveness import LivenessLimits
-from stator.protocol.native.outgoing import Outgoing, Sender
+from stator.protocol.native.outgoing import Sender
 from stator.protocol.native.problem import encode_error
 from stator.protocol.native.session import Session
 from stator.protocol.values import decode_value

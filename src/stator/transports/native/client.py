@@ -40,7 +40,13 @@ class _Line:
     def usable(self) -> bool:
         """Whether a request can be written now."""
         session = self.session
-        return session is not None and session.peer is not None and session.gone is None and self.connection is not None and self.connection.open
+        return (
+            session is not None
+            and session.peer is not None
+            and session.gone is None
+            and self.connection is not None
+            and self.connection.open
+        )
 
 
 class NativeClient:

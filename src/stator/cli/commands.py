@@ -1,0 +1,159 @@
+"""`stator serve | worker | frontend | ls`."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stator import __version__, settings
+from stator.cli.frontend import run_frontend
+from stator.cli.listing import list_cluster
+from stator.cli.serve import ServeOptions, run_serve
+from stator.cli.worker import run_worker
+from stator.errors import StatorError
+from stator.runtime.signals import run
+from stator.telemetry import LogConfig, configure_logging
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="stator",
+    help="Serve language models from Python workers: an OpenAI-compatible endpoint, and any number of processes behind it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Option(help="Model: a directory or an id. Empty: the echo engine with its built-in tokenizer.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="What generates: echo, transformers, or a plug-in. Default: transformers if a model is given, else echo."
+    ),
+]
+Name = Annotated[str, typer.Option(help="Name that clients ask for. Default: the model's own.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="A setting of the engine; may be repeated.")
+]
+Namespace = Annotated[str | None, typer.Option(help="Namespace of the workers [default: dynamo].")]
+Component = Annotated[str | None, typer.Option(help="Component of the workers [default: backend].")]
+Endpoint = Annotated[str | None, typer.Option(help="Endpoint name of the workers [default: generate].")]
+Host = Annotated[str | None, typer.Option(help="Address the HTTP endpoint listens on [default: 127.0.0.1].")]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the HTTP endpoint; 0: any free one [default: 8000].")]
+InsecureBind = Annotated[bool, typer.Option("--insecure-bind", help="Allow plain HTTP beyond this machine.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="How frontends choose a worker: round_robin, random, power_of_two, least_loaded, device_weighted."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Settings may also be given as STATOR_* variables; see docs/settings.md."""
+
+
+def _main(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
+    """Run a command: logging on, errors as one line, the returned number as exit status."""
+    try:
+        settings.check_names()
+        configure_logging(settings.load(LogConfig))
+        status = run(work())
+    except StatorError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        status = 2
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        status = 130
+    sys.exit(status)
+
+
+@app.command()
+def serve(
+    model: Model = "",
+    engine: Engine = "",
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    frontends: Annotated[int, typer.Option(min=1, help="Frontend processes; they share the port.")] = 1,
+    host: Host = None,
+    port: Port = None,
+    name: Name = "",
+    option: Options = None,
+    policy: Policy = None,
+    namespace: Namespace = None,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="Use a discovery directory of its own, so that nobody else's workers are seen.")
+    ] = False,
+    insecure_bind: InsecureBind = False,
+) -> None:
+    """Serve a model: frontends on one port and worker processes, supervised until Ctrl-C.
+
+    Without arguments it serves the **echo** model, which answers with your own words.
+    """
+    options = ServeOptions(
+        model=model,
+        engine=engine,
+        workers=workers,
+        frontends=frontends,
+        host=host,
+        port=port,
+        name=name,
+        options=tuple(option or ()),
+        policy=policy,
+        namespace=namespace,
+        isolated=isolated,
+        insecure_bind=insecure_bind,
+    )
+    _main(lambda: run_serve(options))
+
+
+@app.command()
+def worker(
+    model: Model = "",
+    engine: Engine = "",
+    name: Name = "",
+    option: Options = None,
+    namespace: Namespace = None,
+    component: Component = None,
+    endpoint: Endpoint = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+) -> None:
+    """Run one worker process: an engine on an endpoint, its model registered for every frontend of the cluster."""
+    _main(
+        lambda: run_worker(
+            model=model,
+            engine=engine,
+            options=tuple(option or ()),
+            place={"served_name": name or None, "namespace": namespace, "component": component, "endpoint": endpoint},
+            supervised=supervised,
+        )
+    )
+
+
+@app.command()
+def frontend(
+    host: Host = None,
+    port: Port = None,
+    policy: Policy = None,
+    insecure_bind: InsecureBind = False,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+) -> None:
+    """Run one frontend process: OpenAI's HTTP API for every model that workers of the cluster have registered."""
+    _main(lambda: run_frontend(host=host, port=port, policy=policy, insecure_bind=insecure_bind, supervised=supervised))
+
+
+@app.command("ls")
+def ls(
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per record instead of a table.")] = False,
+) -> None:
+    """List what is registered: endpoints, instances, where they are, their models, and when they last gave a sign of life."""
+    _main(lambda: list_cluster(as_json=json))

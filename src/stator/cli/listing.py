@@ -1,0 +1,83 @@
+"""`stator ls`: what discovery knows."""
+
+import sys
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from stator.llm.card import card_from_json
+from stator.protocol.ids import format_instance_id
+from stator.protocol.records import EndpointRecord, ModelRecord, NativeAddress, Query
+from stator.runtime import Runtime
+from stator.tasks import SystemClock
+
+__all__ = ["list_cluster"]
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance of one endpoint."""
+
+    endpoint: str
+    instance: str
+    model: str
+    address: str
+    native: str
+    device: str
+    seen: float | None
+    """seconds since its owner's last sign of life; None: unknown"""
+
+
+async def list_cluster(*, as_json: bool) -> int:
+    """Print the instances. Returns the exit status."""
+    async with Runtime.connect() as runtime:
+        discovery = runtime.discovery
+        endpoints = await discovery.list(Query(EndpointRecord.bucket))
+        models = await discovery.list(Query(ModelRecord.bucket))
+        seen = await discovery.last_seen(Query(EndpointRecord.bucket))
+        status = discovery.status
+    now = SystemClock().wall()
+    names = _names(models)
+    rows = [
+        Row(
+            endpoint=str(record.endpoint_id),
+            instance=format_instance_id(record.instance_id),
+            model=names.get((record.endpoint_id.segments, record.instance_id), ""),
+            address=record.transport.tcp or record.transport.nats_tcp or "",
+            native=record.stator.address if isinstance(record.stator, NativeAddress) else "",
+            device=record.device_type or "",
+            seen=max(0.0, now - seen[record.key]) if record.key in seen else None,
+        )
+        for record in endpoints
+        if isinstance(record, EndpointRecord)
+    ]
+    if as_json:
+        for row in rows:
+            sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
+        return 0
+    _print(rows, f"{status.backend} {status.location}".strip())
+    return 0
+
+
+def _names(models: list[Any]) -> dict[tuple[tuple[str, ...], int], str]:
+    names: dict[tuple[tuple[str, ...], int], str] = {}
+    for record in models:
+        if isinstance(record, ModelRecord) and not isinstance(record.model_suffix, str):
+            names[record.endpoint_id.segments, record.instance_id] = card_from_json(record.card_json).display_name
+    return names
+
+
+def _print(rows: list[Row], where: str) -> None:
+    console = Console(highlight=False)
+    if not rows:
+        console.print(f"nothing is registered ({where})", soft_wrap=True)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("endpoint", "instance", "model", "native plane", "compatible plane", "device", "seen"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        age = "" if row.seen is None else f"{row.seen:.1f} s ago"
+        table.add_row(row.endpoint, row.instance, row.model, row.native or "–", row.address or "–", row.device, age)
+    console.print(table)
+    console.print(f"[dim]{len(rows)} instances, {where}[/]", soft_wrap=True)
