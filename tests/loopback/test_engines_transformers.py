@@ -372,6 +372,9 @@ async def test_cleanup_ends_what_still_runs(model_directory: Path) -> None:
     with pytest.raises(EngineError, match="shutting down") as caught:
         await running
     assert caught.value.kind == "EngineShutdown"
+    assert engine.running == 0
+    with pytest.raises(EngineError, match="not running"):
+        await anext(engine.generate(request([5]), Context("late")))
 
 
 async def test_progress_is_reported_while_the_model_loads(model_directory: Path) -> None:

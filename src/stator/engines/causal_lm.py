@@ -38,6 +38,8 @@ class CausalLM:
         self._batches: list[RowBatch] = []
         parameters = inspect.signature(model.forward).parameters
         self._cache_argument = next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
+        if self._cache_argument == "cache_params" and "cache_position" in parameters:
+            self._cache_argument = None  # transformers 4: each such model has a cache class of its own
         self._takes_positions = "position_ids" in parameters
         self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._stackable = max_rows > 1 and self._cache_argument is not None and _is_stackable(self._new_cache())

@@ -138,8 +138,9 @@ class TransformersEngine(LLMEngine):
             yield _output(sequence, [], 0, Finish("length"))
             return
         self._check_room()
-        inbox = self._inboxes[sequence] = self._of_context[context] = TokenInbox()
-        self._steps.submit(sequence)
+        steps, inbox = self._steps, TokenInbox()
+        self._inboxes[sequence] = self._of_context[context] = inbox
+        steps.submit(sequence)
         count = 0
         try:
             while True:
@@ -151,8 +152,9 @@ class TransformersEngine(LLMEngine):
                 if finish is not None:
                     return
         finally:
-            del self._inboxes[sequence], self._of_context[context]
-            self._steps.withdraw(sequence)
+            del self._inboxes[sequence]
+            self._of_context.pop(context, None)
+            steps.withdraw(sequence)
 
     def _deliver(self, results: list[StepResult]) -> None:
         """One call per step, from the step thread."""
@@ -172,13 +174,14 @@ class TransformersEngine(LLMEngine):
         """Ends the step thread and lets go of the model; requests still running get an error."""
         for inbox in self._inboxes.values():
             inbox.put(None, None, EngineError("the engine is shutting down", kind="EngineShutdown"))
-        if self._steps is not None:
-            self._steps.close()
-            if not await asyncio.to_thread(self._steps.join, _JOIN_LIMIT):
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
+            if not await asyncio.to_thread(steps.join, _JOIN_LIMIT):
                 raise EngineError(f"a step of the model took longer than {_JOIN_LIMIT:g} s", kind="EngineShutdown")
-        if self._model is not None:
-            await asyncio.to_thread(self._model.free)
-        self._model = None
+        model, self._model = self._model, None
+        if model is not None:
+            await asyncio.to_thread(model.free)
 
 
 def _load(options: TransformersOptions, report: Callable[[str], None]) -> "LoadedModel":

@@ -1,0 +1,131 @@
+"""Families of models, each with its own kind of cache and positions: stepped together, the tokens are those of `generate`."""
+
+import random
+from typing import Any
+
+import pytest
+
+from stator.engines.sequence import Sampling, Sequence
+
+torch = pytest.importorskip("torch", reason="needs the extra 'transformers'")
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(120)]
+
+COUNT = 16
+LLAMA_LIKE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+SMALL = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
+FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "llama": (LLAMA_LIKE, True),
+    "gpt2": ({"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1}, True),
+    "opt": (SMALL | {"ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64}, True),
+    "bloom": ({"vocab_size": 300, "hidden_size": 64, "n_layer": 2, "n_head": 4}, True),
+    "mistral": (LLAMA_LIKE | {"sliding_window": 8}, False),
+    "gemma3_text": (LLAMA_LIKE | {"head_dim": 16, "sliding_window": 8}, False),
+    "mamba": (SMALL | {"state_size": 8}, False),
+    "rwkv": (SMALL | {"attention_hidden_size": 64}, False),
+}
+
+
+def build(family: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family][0])).float().eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def generate(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=COUNT, do_sample=False, pad_token_id=0)
+    return output[0].tolist()
+
+
+def step_together(stepped: Any, sequences: list[Sequence], rng: random.Random) -> None:
+    """Let the sequences join at random moments and leave when they are done."""
+    waiting, running = list(sequences), list[Sequence]()
+    while waiting or running:
+        if waiting and (not running or rng.random() < 0.4):
+            sequence = waiting.pop(0)
+            sequence.append(stepped.prefill(sequence).token_id)
+            running.append(sequence)
+        for sequence, choice in stepped.decode():
+            assert not isinstance(choice, Exception)
+            if sequence.append(choice.token_id) is not None:
+                running.remove(sequence)
+                stepped.release(sequence)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_generate(family: str) -> None:
+    from stator.engines.causal_lm import CausalLM
+
+    model, rng = build(family), random.Random(family)
+    prompts = [[rng.randrange(4, 300) for _ in range(rng.randrange(1, 40))] for _ in range(8)]
+    sequences = [Sequence(prompt, sampling=Sampling(), max_tokens=COUNT) for prompt in prompts]
+    step_together(CausalLM(model, max_rows=4), sequences, rng)
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert sequence.tokens == generate(model, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_share_a_pass_where_the_cache_allows_it(family: str) -> None:
+    from stator.engines.causal_lm import CausalLM
+
+    stepped = CausalLM(build(family), max_rows=4)
+    for length in (3, 5, 7):
+        stepped.prefill(Sequence([5] * length, sampling=Sampling(), max_tokens=COUNT))
+    assert len(stepped._batches) == (1 if FAMILIES[family][1] else 3)  # pyright: ignore[reportPrivateUsage]  # the pass itself does not show
+
+
+def test_padding_is_bounded() -> None:
+    """Short sequences do not join a long one when padding would outgrow what is stored."""
+    from stator.engines.causal_lm import CausalLM
+
+    stepped = CausalLM(build("llama"), max_rows=8)
+    for length in (400, 2, 3, 390, 4, 5, 6):
+        stepped.prefill(Sequence([5] * length, sampling=Sampling(), max_tokens=COUNT))
+    batches = [sorted(batch.stored) for batch in stepped._batches]  # pyright: ignore[reportPrivateUsage]
+    assert len(batches) == 2
+    for stored in batches:
+        assert max(stored) * len(stored) <= 2 * sum(stored) + 64 * len(stored)
+
+
+def test_a_sequence_that_leaves_takes_its_padding_with_it() -> None:
+    from stator.engines.causal_lm import CausalLM
+
+    stepped = CausalLM(build("llama"), max_rows=4)
+    short, long = (Sequence([5] * length, sampling=Sampling(), max_tokens=COUNT) for length in (10, 60))
+    stepped.prefill(short)
+    stepped.prefill(long)
+    [batch] = stepped._batches  # pyright: ignore[reportPrivateUsage]
+    assert batch.cache.layers[0].keys.shape[:3:2] == (2, 60)
+    stepped.release(long)
+    assert batch.cache.layers[0].keys.shape[:3:2] == (1, 10)
+    stepped.release(short)
+    assert not stepped._batches  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_choice_that_fails_ends_its_own_sequence() -> None:
+    from stator.engines.causal_lm import CausalLM
+
+    stepped = CausalLM(build("llama"), max_rows=4)
+    good, bad = (Sequence([5] * 4, sampling=Sampling(temperature=t), max_tokens=COUNT) for t in (0.0, 1.0))
+    for sequence in (good, bad):
+        sequence.append(stepped.prefill(sequence).token_id)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("probabilities are not finite")
+
+    bad.state = type("Failing", (), {"plain": False, "choose": fail})()
+    outcome = dict(stepped.decode())
+    assert isinstance(outcome[bad], RuntimeError)
+    assert not isinstance(outcome[good], Exception)
