@@ -229,7 +229,9 @@ def mdcsum(card: ModelCard) -> str:
     for name, content in sorted((_base_name(file), file.checksum.removeprefix("blake3:")) for file in card.extra_files or []):
         digest.update(name.encode() + b"\0" + content.encode())
     if card.prompt_context is not None:
-        digest.update(f"[{', '.join(card.prompt_context)}]".encode())
+        # The reference hashes its debug form: oai_chat is OaiChat there.
+        names = ("".join(word.capitalize() for word in each.split("_")) for each in card.prompt_context)
+        digest.update(f"[{', '.join(names)}]".encode())
     digest.update(
         _u32(card.context_length) + _u32(card.kv_cache_block_size) + _worker_code(card.worker_type) + _u32(len(card.needs))
     )
@@ -370,7 +372,7 @@ def byte_card(
 
     Its files, shipped with the package, describe the same tokenizer and template to a frontend of the reference on the same
     host; `user_data` tells a Stator frontend that it needs none of them. `source_path` is no path, so that the checksum does
-    not depend on where a worker is installed. `context_length` is in tokens, which are bytes.
+    not depend on where a worker is installed. `context_length` is in tokens, which are bytes. Blocks: reads four small files.
     """
     card = card_from_directory(_BYTE_MODEL, name=name, kv_cache_block_size=kv_cache_block_size)
     return msgspec.structs.replace(

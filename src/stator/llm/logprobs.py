@@ -36,7 +36,7 @@ class LogprobCollector:
     def add(self, output: EngineOutput, position: int, *, start: int) -> None:
         """Note token `position` of `output`, whose text begins at character `start` of the answer."""
         logprobs, alternatives = output.log_probs, output.top_logprobs
-        if logprobs is None or position >= len(logprobs):
+        if logprobs is None or position >= min(len(logprobs), len(output.token_ids)):
             return
         token_id = output.token_ids[position]
         given = alternatives[position] if alternatives is not None and position < len(alternatives) else []

@@ -28,7 +28,8 @@ def load_tokenizer(card: ModelCard) -> Tokenizer:
     if file is None:
         raise UsageError(f"model {card.display_name!r} has no tokenizer.json; other kinds of tokenizers cannot be read")
     tokenizer = HuggingFaceTokenizer(_checked(file), eos_token_ids=_eos_token_ids(card))
-    _ = tokenizer.pieces  # built here, off the event loop, and not under the first request
+    if tokenizer.pieces is not None:
+        tokenizer.pieces.texts(skip_special=True)  # built here, off the event loop, and not under the first request
     return tokenizer
 
 

@@ -61,11 +61,11 @@ class NvExt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def extra_args(self) -> dict[str, Any] | UnsetType:
         """What travels under `extra_args.nvext`; `UNSET` when there is nothing."""
-        extra: dict[str, Any] = {}
-        if self.token_data is not None:
-            extra["token_in"] = True
-        for name in ("cache_salt", "extra_fields", "metadata_upload"):
-            value = getattr(self, name)
-            if value is not None:
-                extra[name] = value
-        return {"nvext": extra} if extra else UNSET
+        extra = {
+            "extra_fields": self.extra_fields,
+            "cache_salt": self.cache_salt,
+            "metadata_upload": self.metadata_upload,
+            "token_in": None if self.token_data is None else True,
+        }
+        given = {name: value for name, value in extra.items() if value is not None}
+        return {"nvext": given} if given else UNSET

@@ -66,10 +66,10 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_content: str | None = None
 
     def text(self) -> str | None:
-        """The content as one string: its text parts one after the other; None when the message has no content."""
+        """The content as one string, text parts joined by newlines as in the reference; None when there is no content."""
         if self.content is None or isinstance(self.content, str):
             return self.content
-        return "".join(part.text or part.refusal or "" for part in self.content)
+        return "\n".join(part.text or part.refusal or "" for part in self.content)
 
 
 class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -54,7 +54,7 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     written.
     """
 
-    token_ids: list[Annotated[int, msgspec.Meta(ge=0)]]
+    token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]]
     """new tokens since the item before (u32); may be empty"""
     tokens: list[str | None] | None = None
     text: str | None = None

@@ -62,7 +62,8 @@ class Postprocessor:
         self.usage = None
         self._rules = rules
         self._limit = _UNLIMITED if rules.max_tokens is None else rules.max_tokens
-        self._enders = rules.silent | rules.reported | rules.visible
+        self._hidden = rules.silent | rules.reported
+        self._enders = self._hidden | rules.visible
         self._detokenizer = open_detokenizer(
             tokenizer, context=request.token_ids, skip_special=options.skip_special_tokens is not False
         )
@@ -155,13 +156,14 @@ class Postprocessor:
         ids = output.token_ids if cut is None else output.token_ids[: cut.shown]
         if output.text is not None and cut is None:
             return [""] * (len(ids) - 1) + [output.text]
-        hidden = self._enders - self._rules.visible  # those that came too early to end anything
-        return ["" if token in hidden else self._decode(token) for token in ids]
+        # A hidden token that is still here came too early to end anything.
+        return ["" if token in self._hidden else self._decode(token) for token in ids]
 
     def _scan(self, text: str) -> str | StopMatch:
         if self._scanner is None or not text:
             return text
-        return self._scanner.feed(text, armed=self.completion_tokens > self._rules.min_tokens)
+        minimum = self._rules.min_tokens
+        return self._scanner.feed(text, armed=not minimum or self.completion_tokens > minimum)
 
     def _end(self, text: str, reason: str, cause: str | int | None, *, matched: bool = False) -> TextDelta:
         """The last delta. Unless a stop string matched, what was held back is text after all."""

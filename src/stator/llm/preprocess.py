@@ -123,7 +123,7 @@ class Preprocessor:
                 max_tokens=max_tokens,
                 stop=request.stop_strings or None,
                 stop_token_ids=request.stop_ids or None,
-                stop_token_ids_hidden=eos,
+                stop_token_ids_hidden=eos or None,
                 min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,
                 max_thinking_tokens=extension.max_thinking_tokens,
@@ -173,13 +173,12 @@ def _chat_guided(request: ChatRequest) -> GuidedDecoding | None:
     if request.tool_choice == "required":
         calls = [
             {
-                "type": "object",
                 "properties": {"name": {"type": "string", "enum": [name]}, "parameters": parameters},
                 "required": ["name", "parameters"],
             }
             for name, parameters in tools.items()
         ]
-        return GuidedDecoding(json={"type": "array", "minItems": 1, "items": {"anyOf": calls}})
+        return GuidedDecoding(json={"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": calls}})
     wanted = request.response_format
     if wanted is None or wanted.type == "text":
         return None

@@ -78,10 +78,7 @@ class ByteTokenizer:
         return self._pieces
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        try:
-            return list(text.encode())
-        except UnicodeEncodeError as error:
-            raise _no_unicode(error) from error
+        return list(_utf8(text))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         if not skip_special:
@@ -134,10 +131,8 @@ class HuggingFaceTokenizer:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=special).ids
-        except UnicodeEncodeError as error:
-            raise _no_unicode(error) from error
+        _utf8(text)
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
@@ -157,7 +152,7 @@ class HuggingFaceTokenizer:
         if self._decoders != ["ByteLevel"]:
             return None
         raw = [_byte_level(self._tokenizer.id_to_token(token) or "") for token in range(self.vocab_size)]
-        alone = self._tokenizer.decode_batch([[token] for token in range(self.vocab_size)], skip_special_tokens=False)
+        alone = [self.decode([token], skip_special=False) for token in range(self.vocab_size)]
         if any(piece.decode(errors="replace") != text for piece, text in zip(raw, alone, strict=True)):
             return None
         added = self._tokenizer.get_added_tokens_decoder()
@@ -203,5 +198,8 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _no_unicode(error: UnicodeEncodeError) -> UsageError:
-    return UsageError(f"the text is not valid Unicode: lone surrogate at character {error.start}")
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
