@@ -39,10 +39,14 @@ class Phase(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+_FIRST_ITEM, _ITEMS, _ENDED = Phase.FIRST_ITEM, Phase.ITEMS, Phase.ENDED
+
+
 class Receiver:
     """State of the receiving half. Not a plane, not a task: methods are called in order of arrival and never block.
 
-    `items` holds what arrived and was not taken, decoded as `item_type` (any type msgspec can decode). `error` is meaningful once `phase` is ENDED: None means complete.
+    `items` holds what arrived and was not taken, decoded as `item_type` (any type msgspec can decode). `error` is meaningful once
+    `phase` is ENDED: None means complete.
     `changed` is called after every step that a waiting reader may care about.
     """
 
@@ -63,23 +67,23 @@ class Receiver:
     @property
     def ended(self) -> bool:
         """Whether the outcome is decided (items may still wait to be taken)."""
-        return self.phase is Phase.ENDED
+        return self.phase is _ENDED
 
     def advance(self, phase: Phase) -> None:
         """Move on to a later phase of the opening; going back is ignored, since acknowledgement and call-home race."""
-        if self.phase < phase < Phase.ENDED:
+        if self.phase < phase < _ENDED:
             self.phase = phase
             self.changed()
 
     def accept(self) -> None:
         """The prologue said yes."""
-        self.advance(Phase.FIRST_ITEM)
+        self.advance(_FIRST_ITEM)
 
     def receive(self, items: Iterable[Any]) -> bool:
         """Take decoded items; an item implies acceptance. False when the stream had ended and they were dropped."""
-        if self.phase is Phase.ENDED:
+        if self.phase is _ENDED:
             return False
-        self.phase = Phase.ITEMS
+        self.phase = _ITEMS
         self.delivered = True
         self.items.extend(items)
         self.changed()
@@ -87,9 +91,9 @@ class Receiver:
 
     def finish(self, error: StatorError | None = None) -> bool:
         """The sentinel, or a typed error in its place. False if the outcome was decided before."""
-        if self.phase is Phase.ENDED:
+        if self.phase is _ENDED:
             return False
-        self.phase = Phase.ENDED
+        self.phase = _ENDED
         if error is not None and not error.instance:
             error.instance = self.instance
         self.error = error
@@ -98,5 +102,5 @@ class Receiver:
 
     def cut(self, reason: str) -> bool:
         """The connection ended without sentinel: `StreamIncomplete` after the first item, `Disconnected` before it."""
-        kind = StreamIncomplete if self.phase is Phase.ITEMS else Disconnected
+        kind = StreamIncomplete if self.phase is _ITEMS else Disconnected
         return self.finish(kind(reason, instance=self.instance, phase=self.phase.label))

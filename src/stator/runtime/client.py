@@ -26,6 +26,7 @@ from stator.runtime.context import Context
 from stator.runtime.response import ResponseStream, Route
 from stator.runtime.services import Services
 from stator.runtime.view import InstanceView
+from stator.transports.inbox import Patience
 
 __all__ = ["Client"]
 
@@ -45,6 +46,7 @@ class Client:
         routing = services.routing
         self._budget = RetryBudget(services.wheel.now(), ratio=routing.retry_ratio, rate=routing.retry_rate)
         self._limits = services.config.limits
+        self._patience = Patience(self._limits)
         self._routes: dict[tuple[str, bool], Route] = {}
         self._plain = self._route(policy, ANYWHERE, retry=True)
 
@@ -104,7 +106,7 @@ class Client:
             route = self._route(Direct(), RouteRequest(target=instance), retry=False)
         elif retry != "auto":
             route = self._route(self._policy, ANYWHERE, retry=False)
-        return self._call(request, context, route, id, metadata, headers, self._limits_for(timeout, limits))
+        return self._call(request, context, route, id, metadata, headers, self._patience_for(timeout, limits))
 
     def round_robin(self, request: Any, context: Context | None = None, **options: Any) -> ResponseStream:
         """`generate`, each instance in turn."""
@@ -125,15 +127,15 @@ class Client:
         route = self._routes.get((name, True))
         if route is None:
             route = self._routes[name, True] = self._route(policy(), ANYWHERE, retry=True)
-        limits = self._limits_for(options.pop("timeout", None), options.pop("limits", None))
+        patience = self._patience_for(options.pop("timeout", None), options.pop("limits", None))
         id, metadata, headers = (options.pop(key, None) for key in ("id", "metadata", "headers"))
         if options:
             raise UsageError(f"unknown options: {', '.join(sorted(options))}")
-        return self._call(request, context, route, id, metadata, headers, limits)
+        return self._call(request, context, route, id, metadata, headers, patience)
 
-    def _limits_for(self, timeout: float | None, limits: Mapping[str, float | None] | None) -> Any:
+    def _patience_for(self, timeout: float | None, limits: Mapping[str, float | None] | None) -> Patience:
         if timeout is None and not limits:
-            return self._limits
+            return self._patience
         changes = dict(limits or {})
         if timeout is not None:
             changes["total"] = timeout
@@ -142,7 +144,7 @@ class Client:
             raise UsageError(
                 f"unknown limits {', '.join(sorted(unknown))}; there are: {', '.join(self._limits.__struct_fields__)}"
             )
-        return msgspec.structs.replace(self._limits, **changes)
+        return Patience(msgspec.structs.replace(self._limits, **changes))
 
     def _call(
         self,
@@ -152,7 +154,7 @@ class Client:
         id: str | None,
         metadata: Mapping[str, str] | None,
         headers: Mapping[str, str] | None,
-        limits: Any,
+        patience: Patience,
     ) -> ResponseStream:
         if context is not None:
             id = context.id if id is None else id
@@ -169,11 +171,11 @@ class Client:
             payload=payload,
             metadata=dict(metadata) if metadata else _NO_STRINGS,
             headers=dict(headers) if headers else _NO_STRINGS,
-            deadline=limits.total,
+            deadline=patience.deadline,
         )
         self._budget.count_request(self._services.wheel.now())
         return ResponseStream(
-            self._services, self._view, envelope, route, limits=limits, item_type=self._item_type, context=context
+            self._services, self._view, envelope, route, patience=patience, item_type=self._item_type, context=context
         )
 
     def _route(self, policy: Policy, request: RouteRequest, *, retry: bool) -> Route:

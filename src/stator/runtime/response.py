@@ -25,7 +25,7 @@ from stator.routing import Attempts, Candidate, Policy, RouteRequest
 from stator.runtime.context import Context
 from stator.runtime.services import Services
 from stator.runtime.view import InstanceView
-from stator.transports.inbox import Inbox, PhaseLimits
+from stator.transports.inbox import Inbox, Patience
 
 __all__ = ["ResponseStream", "Route"]
 
@@ -61,7 +61,7 @@ class ResponseStream:
         "_inbox",
         "_item_type",
         "_iterator",
-        "_limits",
+        "_patience",
         "_over",
         "_route",
         "_services",
@@ -76,7 +76,7 @@ class ResponseStream:
         envelope: RequestEnvelope,
         route: Route,
         *,
-        limits: PhaseLimits,
+        patience: Patience,
         item_type: Any,
         context: Context | None,
     ) -> None:
@@ -84,7 +84,7 @@ class ResponseStream:
         self._view = view
         self._envelope = envelope
         self._route = route
-        self._limits = limits
+        self._patience = patience
         self._item_type = item_type
         self._context = context
         self._attempts: Attempts | None = None
@@ -189,7 +189,7 @@ class ResponseStream:
         while True:
             record = await self._choose()
             inbox = self._inbox = Inbox(
-                wheel=self._services.wheel, limits=self._limits, instance=record.instance_id, item_type=self._item_type
+                wheel=self._services.wheel, patience=self._patience, instance=record.instance_id, item_type=self._item_type
             )
             try:
                 await self._services.network.open(record, self._envelope, inbox)

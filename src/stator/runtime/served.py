@@ -14,9 +14,6 @@ __all__ = ["ServedEndpoint"]
 
 logger = logging.getLogger(__name__)
 
-_KILLED_LIMIT = 5.0
-"""seconds that killed handlers get for their clean-up"""
-
 
 class ServedEndpoint:
     """Made by `ServedEndpoint.start`. Leaving discovery (`unregister`), refusing requests (`drain`) and closing are three steps."""
@@ -33,7 +30,7 @@ class ServedEndpoint:
     @classmethod
     async def start(cls, services: Services, endpoint: EndpointId, generate: Generate, *, device_type: str) -> "ServedEndpoint":
         """Take requests for `endpoint`, then put its record into discovery. Undoes itself if either fails."""
-        served = cls(services, endpoint, Serving(generate, scope=services.scope, name=str(endpoint)))
+        served = cls(services, endpoint, Serving(generate, name=str(endpoint)))
         record = EndpointRecord(
             component=endpoint.component,
             endpoint=endpoint.name,
@@ -104,7 +101,7 @@ class ServedEndpoint:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Stop serving now: what still runs is killed. Idempotent."""
+        """Stop serving now: what still runs is ended with the error `EngineShutdown`. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -115,11 +112,5 @@ class ServedEndpoint:
                 await self.unregister()
             except StatorError as error:
                 logger.warning("could not leave discovery: %s", error)
-        if self.inflight:
-            self.kill_all()
-            try:
-                async with asyncio.timeout(_KILLED_LIMIT):
-                    await self.idle()
-            except TimeoutError:
-                logger.error("%s: %d handlers did not end after they were killed", self.endpoint, self.inflight)
+        await self._serving.aclose()
         self._services.network.unregister(self._path)

@@ -21,40 +21,44 @@ _CLOSE_LIMIT = 5.0
 """seconds a handler's clean-up may take after it was cancelled, before it is left behind and reported"""
 
 
+class _Running(Context):
+    """The context of a request that a task is answering."""
+
+    __slots__ = ("task",)
+
+    task: asyncio.Task[None]
+
+    def kill(self) -> None:
+        """End now: the handler is cancelled at its next await."""
+        if not self.is_killed:
+            super().kill()
+            self.task.cancel()
+
+
 class Serving:
     """One served endpoint: takes requests from every plane and runs the handler, one task per request.
 
     `inflight` counts requests from arrival to sentinel. `drain` refuses new ones (`Unavailable`, which clients retry elsewhere).
     """
 
-    def __init__(self, generate: Generate, *, scope: Scope, name: str) -> None:
+    def __init__(self, generate: Generate, *, name: str) -> None:
         self._generate = generate
-        self._scope = scope
         self._name = name
         self._draining = False
-        self._running: set[Context] = set()
-        self._idle: asyncio.Event | None = None
+        self._requests = Scope(f"requests of {name}", close_timeout=_CLOSE_LIMIT)
 
     @property
     def inflight(self) -> int:
         """Requests that have not ended."""
-        return len(self._running)
+        return len(self._requests)
 
     def __call__(self, request: IncomingRequest, responder: Responder) -> Context:
         """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
         if self._draining:
             raise Unavailable(f"endpoint {self._name} is draining")
-        context = Context(request.id, metadata=request.metadata, headers=request.headers)
-        task = self._scope.spawn(self._serve(request, context, responder))
-        self._running.add(context)
-        context.subscribe(lambda killed: task.cancel() if killed else None)  # pyright: ignore[reportUnknownLambdaType]
-        task.add_done_callback(lambda _: self._ended(context))
+        context = _Running(request.id, metadata=request.metadata, headers=request.headers)
+        context.task = self._requests.spawn(self._serve(request, context, responder), name="request", about=context)
         return context
-
-    def _ended(self, context: Context) -> None:
-        self._running.discard(context)
-        if self._idle is not None and not self._running:
-            self._idle.set()
 
     async def _serve(self, request: IncomingRequest, context: Context, responder: Responder) -> None:
         try:
@@ -82,7 +86,7 @@ class Serving:
     def _cancelled(self, context: Context, error: asyncio.CancelledError) -> StatorError:
         if context.is_killed:
             return Cancelled("killed by the caller")
-        if self._scope.closed:
+        if self._requests.closed:
             return EngineError("the worker is shutting down", kind="EngineShutdown")
         return engine_error(error)
 
@@ -107,11 +111,14 @@ class Serving:
 
     async def idle(self) -> None:
         """Wait until no request is running. The caller sets the deadline; cancelling changes nothing."""
-        while self._running:
-            self._idle = asyncio.Event()
-            await self._idle.wait()
+        await self._requests.join()
 
     def kill_all(self) -> None:
         """Kill what is still running."""
-        for context in tuple(self._running):
+        for context in self._requests.subjects():
             context.kill()
+
+    async def aclose(self) -> None:
+        """End what is still running: callers see that the worker shuts down. Takes nothing from now on. Idempotent."""
+        self._draining = True
+        await self._requests.aclose()

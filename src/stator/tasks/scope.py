@@ -23,7 +23,8 @@ class Scope:
     def __init__(self, name: str, *, close_timeout: float = 10.0) -> None:
         self.name = name
         self._close_timeout = close_timeout
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     def __len__(self) -> int:
@@ -34,18 +35,28 @@ class Scope:
         """Whether `aclose` was called: `spawn` refuses from then on."""
         return self._closed
 
-    def spawn(self, work: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
-        """Start `work` as a task of this scope. Raises RuntimeError when the scope is closed (and closes the coroutine)."""
+    def spawn(self, work: Coroutine[Any, Any, T], *, name: str | None = None, about: Any = None) -> asyncio.Task[T]:
+        """Start `work` as a task of this scope; `about` is kept beside it (`subjects`).
+
+        Raises RuntimeError when the scope is closed (and closes the coroutine).
+        """
         if self._closed:
             work.close()
             raise RuntimeError(f"scope {self.name!r} is closed")
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        task = loop.create_task(work, name=name)
+        self._tasks[task] = about
         task.add_done_callback(self._finished)
         return task
 
+    def subjects(self) -> list[Any]:
+        """What the running tasks are about."""
+        return list(self._tasks.values())
+
     def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("task %s of %s failed", task.get_name(), self.name, exc_info=error)
 

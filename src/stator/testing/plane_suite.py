@@ -17,15 +17,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from stator.errors import Cancelled, ConnectFailed, Disconnected, EngineError, StatorError, StreamIncomplete, Timeout, Unavailable
+from stator.errors import (
+    Cancelled,
+    ConnectFailed,
+    Disconnected,
+    EngineError,
+    StatorError,
+    StreamIncomplete,
+    Timeout,
+)
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, Transport
 from stator.runtime.context import Context
 from stator.runtime.engine import Handler, generate_function
 from stator.runtime.serving import Serving
-from stator.tasks import DeadlineWheel, Scope
-from stator.transports.inbox import Inbox, PhaseLimits
+from stator.tasks import DeadlineWheel
+from stator.transports.inbox import Inbox, Patience, PhaseLimits
 from stator.transports.plane import PlaneClient, PlaneServer
 
 __all__ = ["Caller", "PlanePair", "PlaneSuite", "count", "eventually"]
@@ -55,15 +63,19 @@ class PlanePair(msgspec.Struct, kw_only=True):
 class Caller:
     """Serves one handler and calls it, over a pair of planes."""
 
-    def __init__(self, pair: PlanePair, scope: Scope, wheel: DeadlineWheel, handler: Handler, endpoint: str) -> None:
+    def __init__(self, pair: PlanePair, wheel: DeadlineWheel, handler: Handler, endpoint: str) -> None:
         self.pair = pair
         self.wheel = wheel
         self.contexts: list[Context] = []
         self.finished = 0
-        self.serving = Serving(self._observed(handler), scope=scope, name=endpoint)
+        self.serving = Serving(self._observed(handler), name=endpoint)
         path = endpoint_path(INSTANCE, endpoint)
         bare = EndpointRecord(
-            component="backend", endpoint=endpoint, namespace="test", instance_id=INSTANCE, transport=Transport(tcp="127.0.0.1:1/x")
+            component="backend",
+            endpoint=endpoint,
+            namespace="test",
+            instance_id=INSTANCE,
+            transport=Transport(tcp="127.0.0.1:1/x"),
         )
         pair.server.register(path, self.serving)
         self.record = pair.server.describe(bare, path)
@@ -97,10 +109,9 @@ class Caller:
         record: EndpointRecord | None = None,
     ) -> Inbox:
         record = record or self.record
-        inbox = Inbox(wheel=self.wheel, limits=limits or PhaseLimits(accept=10, items=20), instance=record.instance_id)
-        envelope = RequestEnvelope(
-            id=id, payload=msgspec.json.encode(request), metadata=metadata or {}, headers=headers or {}
-        )
+        patience = Patience(limits or PhaseLimits(accept=10, items=20))
+        inbox = Inbox(wheel=self.wheel, patience=patience, instance=record.instance_id)
+        envelope = RequestEnvelope(id=id, payload=msgspec.json.encode(request), metadata=metadata or {}, headers=headers or {})
         try:
             await self.pair.client.open(record, envelope, inbox)
         except StatorError as error:
@@ -150,8 +161,8 @@ class PlaneSuite(ABC):
     @asynccontextmanager
     async def serving(self, handler: Handler, endpoint: str = "generate") -> AsyncIterator[Caller]:
         wheel = DeadlineWheel(asyncio.get_running_loop(), resolution=0.02)
-        async with self.pair() as pair, Scope("handlers") as scope:
-            caller = Caller(pair, scope, wheel, handler, endpoint)
+        async with self.pair() as pair:
+            caller = Caller(pair, wheel, handler, endpoint)
             yield caller
             await eventually(lambda: caller.serving.inflight == 0, what="all handlers finished")
             await eventually(lambda: pair.open_streams() == 0, what="no stream left on either side")
@@ -181,7 +192,7 @@ class PlaneSuite(ABC):
             -1.5,
             1e30,
             "",
-            "grüße 你好 👩‍👩‍👧 \u2028 \x00 \"quoted\" \\",
+            'grüße 你好 👩‍👩‍👧 \u2028 \x00 "quoted" \\',
             [],
             {},
             [1, [2, {"a": None}]],
@@ -291,7 +302,7 @@ class PlaneSuite(ABC):
             raise TypeError("missing model")
 
         async with self.serving(count) as caller:
-            refusing = Caller(caller.pair, caller.serving._scope, caller.wheel, no_generator, "refusing")  # pyright: ignore[reportPrivateUsage]
+            refusing = Caller(caller.pair, caller.wheel, no_generator, "refusing")
             with pytest.raises(StatorError, match="TypeError: missing model") as caught:
                 await refusing.collect()
             assert not isinstance(caught.value, StreamIncomplete)

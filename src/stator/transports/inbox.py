@@ -13,7 +13,11 @@ from stator.errors import Cancelled, ConfigError, Timeout, UsageError
 from stator.protocol.stream import Phase, Receiver
 from stator.tasks.wheel import DeadlineWheel, Timed
 
-__all__ = ["UNLINKED", "Inbox", "PhaseLimits", "StreamLink"]
+_FIRST_ITEM, _ENDED = Phase.FIRST_ITEM, Phase.ENDED
+_NEVER = float("inf")
+_LOOK_AT_LEAST = 60.0
+
+__all__ = ["UNLINKED", "Inbox", "Patience", "PhaseLimits", "StreamLink"]
 
 
 class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,9 +37,21 @@ class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
             if value is not None and not value > 0:
                 raise ConfigError(f"limit {name} must be a positive number of seconds or None, got {value!r}")
 
-    def of(self, phase: Phase) -> float | None:
-        """The limit of the wait that `phase` names."""
-        return (self.connect, self.accept, self.call_home, self.prologue, self.first_item, self.items, None)[phase]
+
+class Patience:
+    """`PhaseLimits` made ready for use: computed once per client, not once per request."""
+
+    __slots__ = ("by_phase", "deadline", "look_every", "total")
+
+    def __init__(self, limits: PhaseLimits) -> None:
+        given = (limits.connect, limits.accept, limits.call_home, limits.prologue, limits.first_item, limits.items, None)
+        self.by_phase = tuple(_NEVER if limit is None else limit for limit in given)
+        """seconds, by phase"""
+        self.deadline = limits.total
+        """seconds for the whole request, as it travels in the envelope"""
+        self.total = _NEVER if limits.total is None else limits.total
+        self.look_every = min(*self.by_phase, self.total, _LOOK_AT_LEAST)
+        """seconds between looks at a stream: no limit is noticed later than this"""
 
 
 class StreamLink(Protocol):
@@ -74,27 +90,27 @@ class Inbox(Receiver):
     that an ended inbox holds nothing of the plane.
     """
 
-    __slots__ = ("_deadline", "_limits", "_look", "_since", "_waiter", "_wheel", "link", "slot")
+    __slots__ = ("_deadline", "_patience", "_since", "_waiter", "_wheel", "link", "slot")
 
-    def __init__(self, *, wheel: DeadlineWheel, limits: PhaseLimits, instance: int = 0, item_type: Any = Any) -> None:
+    def __init__(self, *, wheel: DeadlineWheel, patience: Patience, instance: int = 0, item_type: Any = Any) -> None:
         super().__init__(instance=instance, item_type=item_type)
         self.link: StreamLink = UNLINKED
         self.slot: set[Timed] | None = None
         self._wheel = wheel
-        self._limits = limits
+        self._patience = patience
         self._waiter: asyncio.Future[None] | None = None
         self._since = now = wheel.now()
-        self._deadline = float("inf") if limits.total is None else now + limits.total
-        self._look = float("inf")
-        self._watch_wait()
+        self._deadline = now + patience.total
+        wheel.arm(self, now + patience.look_every)
 
     # -- the plane's side -------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         phase = self.phase
-        if phase < Phase.ITEMS:
-            self._watch_wait()
-        elif phase is Phase.ENDED:
+        if phase < _FIRST_ITEM:  # on the way to acceptance: nobody needs to wake up, the next limit begins
+            self._since = self._wheel.now()
+            return
+        if phase is _ENDED:
             self.link = UNLINKED
             self._wheel.disarm(self)
         waiter = self._waiter
@@ -105,13 +121,13 @@ class Inbox(Receiver):
 
     async def opened(self) -> None:
         """Wait until the request was accepted or the stream ended. Cancelled: nothing changed."""
-        while self.phase < Phase.FIRST_ITEM:
+        while self.phase < _FIRST_ITEM:
             await self._wait()
 
     async def more(self) -> bool:
         """Wait until `items` is not empty (True) or the stream ended (False; raises its error). Cancelled: nothing was taken."""
         while not self.items:
-            if self.phase is Phase.ENDED:
+            if self.phase is _ENDED:
                 if self.error is not None:
                     raise self.error
                 return False
@@ -121,7 +137,7 @@ class Inbox(Receiver):
 
     def kill(self) -> None:
         """End the stream from this side: the worker is told, nothing more is delivered, readers get `Cancelled`."""
-        if self.phase is Phase.ENDED:
+        if self.phase is _ENDED:
             return
         link, self.link = self.link, UNLINKED
         link.kill()
@@ -134,7 +150,7 @@ class Inbox(Receiver):
     async def _wait(self) -> None:
         if self._waiter is not None:
             raise UsageError("a stream is read by one task at a time; another one is waiting on it")
-        self._watch_wait()
+        self._since = self._wheel.now()
         self._waiter = self._wheel.loop.create_future()
         try:
             await self._waiter
@@ -143,34 +159,22 @@ class Inbox(Receiver):
 
     # -- deadlines --------------------------------------------------------------------------------------------------------
 
-    def _watch_wait(self) -> None:
-        """A wait begins now: make sure that the wheel looks when its limit is reached, at the latest."""
-        self._since = now = self._wheel.now()
-        limit = self._limits.of(self.phase)
-        due = min(now + limit, self._deadline) if limit is not None else self._deadline
-        if due < self._look:
-            self._look = due
-            self._wheel.arm(self, due)
-
     def expire(self, now: float) -> float:
         """Called by the wheel: end the stream if its wait is over, else say when to look again."""
-        if self.phase is Phase.ENDED:
+        if self.phase is _ENDED:
             return 0.0
         if now >= self._deadline:
-            return self._time_out("total", self._limits.total)
-        limit = self._limits.of(self.phase)
+            return self._time_out("total", self._patience.total)
         due = self._deadline
-        if limit is not None and (self._waiter is not None or self.phase < Phase.FIRST_ITEM):
+        if self._waiter is not None or self.phase < _FIRST_ITEM:
+            limit = self._patience.by_phase[self.phase]
             if now >= self._since + limit:
                 return self._time_out(self.phase.label, limit)
             due = min(self._since + limit, due)
-        self._look = due
-        return due if due != float("inf") else 0.0
+        return min(now + self._patience.look_every, due)
 
-    def _time_out(self, phase: str, limit: float | None) -> float:
-        error = Timeout(
-            f"no progress: {phase} took longer than {limit} s", instance=self.instance, phase=phase
-        )
+    def _time_out(self, phase: str, limit: float) -> float:
+        error = Timeout(f"no progress: {phase} took longer than {limit} s", instance=self.instance, phase=phase)
         link, self.link = self.link, UNLINKED
         link.kill()
         self.finish(error)

@@ -16,6 +16,7 @@ from stator.protocol.native.frames import (
     END,
     ITEMS,
     KILL,
+    LAST,
     MAX_PAYLOAD,
     MORE,
     OPEN,
@@ -231,12 +232,17 @@ class ClientSession(Session):
     def stream_frame(self, kind: int, flags: int, count: int, number: int, payload: bytes) -> None:
         stream = self.streams.get(number)
         if stream is None:
-            if kind in (END, REFUSE):
+            if kind in (END, REFUSE) or (kind == ITEMS and flags & LAST):
                 self.killed.discard(number)
             elif kind not in (ACCEPT, ITEMS, CREDIT):
                 self.unknown(kind, flags)
         elif kind == ITEMS:
-            stream.items(flags, count, payload)
+            if flags & LAST:
+                stream.items(flags, count, payload)
+                self.forget(stream)
+                stream.receiver.finish()
+            else:
+                stream.items(flags, count, payload)
         elif kind == END:
             self.forget(stream)
             stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance) if payload else None)

@@ -15,6 +15,7 @@ __all__ = [
     "HELLO",
     "ITEMS",
     "KILL",
+    "LAST",
     "MAX_PAYLOAD",
     "MORE",
     "OPEN",
@@ -32,6 +33,8 @@ HELLO, OPEN, ACCEPT, REFUSE, ITEMS, END, CREDIT, STOP, KILL, PING, PONG, GOAWAY 
 
 MORE = 0x01
 """flag: the message goes on in the next frame of this kind and stream"""
+LAST = 0x02
+"""flag of ITEMS: the stream is complete after this frame; stands for the END that would follow"""
 CRITICAL = 0x80
 """flag: close the connection if the kind is not known"""
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 
-from stator.protocol.native.frames import ITEMS, MAX_PAYLOAD, MORE, OPEN, frame, pack_header
+from stator.protocol.native.frames import ACCEPT, END, ITEMS, LAST, MAX_PAYLOAD, MORE, OPEN, frame, pack_header
 
 __all__ = ["ITEM_OVERHEAD", "Outgoing", "RequestSender", "Sender"]
 
@@ -87,7 +87,7 @@ class Sender:
     `push` is the token path. A subclass is told by `drained` when its queue has left and by `credited` when it may send again.
     """
 
-    __slots__ = ("_end", "_offset", "_parts", "_size", "credit", "number", "outgoing", "queued")
+    __slots__ = ("_end", "_offset", "_parts", "_size", "accepting", "credit", "number", "outgoing", "queued")
 
     def __init__(self, outgoing: Outgoing, number: int, credit: int) -> None:
         self.outgoing = outgoing
@@ -98,6 +98,7 @@ class Sender:
         self._size = 0
         self._offset = 0
         self._end: bytes | None = None
+        self.accepting = False
 
     def drained(self) -> None:
         """Everything queued has left."""
@@ -122,8 +123,15 @@ class Sender:
             self.outgoing.ready(self)
         return len(parts)
 
+    def accepted(self) -> None:
+        """Queue an ACCEPT, unless items or the end leave with the same flush and imply it."""
+        self.accepting = True
+        if not self.queued:
+            self.queued = True
+            self.outgoing.ready(self)
+
     def finish(self, end: bytes) -> None:
-        """Queue the END frame behind the items."""
+        """Queue the END behind the items; `end` is its payload, empty for a complete stream."""
         self._end = end
         if not self.queued:
             self.queued = True
@@ -139,6 +147,7 @@ class Sender:
         self._parts.clear()
         self._size = self._offset = 0
         self._end = None
+        self.accepting = False
         if self.queued:
             self.outgoing.remove(self)
             self.queued = False
@@ -151,15 +160,24 @@ class Sender:
             if parts:
                 count = len(parts)
                 parts.append(b"")
-                out.append(pack_header(size, ITEMS, 0, count, self.number))
+                flags = 0
+                if self._end == b"":  # complete: the last frame says it
+                    flags = LAST
+                    self._end = None
+                out.append(pack_header(size, ITEMS, flags, count, self.number))
                 out.append(b"\n".join(parts))
                 parts.clear()
                 self._size = 0
+                self.accepting = False
+            elif self.accepting:
+                self.accepting = False
+                if self._end is None:
+                    out.append(pack_header(0, ACCEPT, 0, 0, self.number))
         else:
             size = self._fill_large(out)
         if not self._parts:
             if self._end is not None:
-                out.append(self._end)
+                out.append(frame(END, self.number, self._end))
                 self._end = None
             self.queued = False
             self.drained()

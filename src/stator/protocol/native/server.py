@@ -9,7 +9,7 @@ import msgspec
 from stator.errors import Cancelled, Overloaded, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest
 from stator.protocol.native.budget import ByteBudget
-from stator.protocol.native.frames import ACCEPT, CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame
+from stator.protocol.native.frames import CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame
 from stator.protocol.native.hello import Goaway, Hello
 from stator.protocol.native.liveness import LivenessLimits
 from stator.protocol.native.outgoing import Sender
@@ -47,7 +47,7 @@ class ServerStream(Sender):
 
     def accept(self) -> None:
         if not self.dead:
-            self.outgoing.control(frame(ACCEPT, self.number))
+            self.accepted()
 
     def refuse(self, error: StatorError) -> None:
         if not self.dead:
@@ -57,7 +57,7 @@ class ServerStream(Sender):
     def end(self, error: StatorError | None = None) -> None:
         if not self.dead:
             self._close()
-            self.finish(frame(END, self.number, b"" if error is None else encode_error(error)))
+            self.finish(b"" if error is None else encode_error(error))
 
     def cancel(self) -> None:
         """KILL arrived: answer it, drop what is queued, tell the handler."""

@@ -87,6 +87,10 @@ class Connection(asyncio.Protocol):
         except (PeerProtocolError, ConnectFailed) as error:
             self.refuse(error)
             return
+        # Whoever these bytes woke runs next; a flush queued now comes right after them, in the same turn of the loop.
+        if not self._scheduled:
+            self._scheduled = True
+            self._wheel.loop.call_soon(self._flush)
         if recovered and self._recovered is not None:
             self._recovered(self)
 
