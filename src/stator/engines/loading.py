@@ -3,7 +3,6 @@
 # pyright: basic, reportMissingImports=false
 # torch and transformers belong to an extra (absent where types are checked) and are largely untyped.
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,14 +59,13 @@ def load(
     directory = _directory(source, report)
     card = card_from_directory(directory, name=source)
     report(f"loading {source}")
-    began = time.monotonic()
     try:
         with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, use_safetensors=True)
         model = model.to(torch_device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model {source!r} cannot be loaded: {error}") from error
-    report(f"loaded {source} on {torch_device} in {time.monotonic() - began:.1f} s; trying it")
+    report(f"loaded {source} on {torch_device}; trying it")
     stepped = CausalLM(model, max_rows=max_rows)
     limits = _limits(model, stepped.vocabulary, context_length, card)
     _try_out(stepped)
