@@ -1,5 +1,6 @@
 """The planes of one process: which one a worker listens on, which one reaches an instance."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +39,8 @@ class Network:
         self._servers: dict[str, PlaneServer] | None = None
         self._clients: dict[str, PlaneClient] = {}
         self._avoided: dict[tuple[str, int], float] = {}
+        self._known: dict[int, tuple[EndpointRecord, PlaneClient]] = {}
+        self._connecting = asyncio.Lock()
         self.fallbacks: dict[str, int] = {}
 
     # -- the worker's side
@@ -77,30 +80,55 @@ class Network:
 
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
         """Send a request by the best plane that reaches the instance (`PlaneClient.open`)."""
-        planes = [plane for plane in self._choice.planes if self._usable(plane, record)]
-        error: StatorError | None = None
-        for plane in planes:
-            client = self._clients.get(plane.name)
-            if client is None:
-                client = self._clients[plane.name] = await plane.connect(self._host)
-            if not client.serves(record):
-                continue
+        known = self._known.get(record.instance_id)
+        if known is not None and known[0] is record:
             try:
-                await client.open(record, envelope, inbox)
+                await known[1].open(record, envelope, inbox)
                 return
             except (ConnectFailed, Timeout) as failure:
-                error = failure
-                if not self._choice.fall_back or plane is planes[-1]:
+                del self._known[record.instance_id]
+                if not self._may_fall_back(self._choice.planes[0], record):
+                    raise
+                self._avoid(self._choice.planes[0], record, failure)
+        await self._open_first_usable(record, envelope, inbox)
+
+    async def _open_first_usable(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
+        for plane in self._choice.planes:
+            if not plane.reaches(record) or not self._usable(plane, record):
+                continue
+            client = await self._client(plane)
+            try:
+                await client.open(record, envelope, inbox)
+            except (ConnectFailed, Timeout) as failure:
+                if not self._may_fall_back(plane, record):
                     raise
                 self._avoid(plane, record, failure)
-        if error is not None:
-            raise error
+                continue
+            if plane is self._choice.planes[0]:
+                self._known[record.instance_id] = (record, client)
+            return
         wanted = ", ".join(plane.name for plane in self._choice.planes)
         raise ConnectFailed(
             f"instance {record.instance_id:x} cannot be reached by the planes in use ({wanted})",
             instance=record.instance_id,
             phase="connect",
         )
+
+    async def _client(self, plane: Plane) -> PlaneClient:
+        client = self._clients.get(plane.name)
+        if client is None:
+            async with self._connecting:
+                client = self._clients.get(plane.name)
+                if client is None:
+                    client = self._clients[plane.name] = await plane.connect(self._host)
+        return client
+
+    def _may_fall_back(self, plane: Plane, record: EndpointRecord) -> bool:
+        """Whether a later plane could reach the instance."""
+        if not self._choice.fall_back:
+            return False
+        later = self._choice.planes[self._choice.planes.index(plane) + 1 :]
+        return any(each.reaches(record) for each in later)
 
     def _usable(self, plane: Plane, record: EndpointRecord) -> bool:
         if not self._avoided:
@@ -126,10 +154,11 @@ class Network:
 
     def forget(self, record: EndpointRecord) -> None:
         """The instance left discovery."""
+        self._known.pop(record.instance_id, None)
         for plane in self._choice.planes:
             self._avoided.pop((plane.name, record.instance_id), None)
             client = self._clients.get(plane.name)
-            if client is not None and client.serves(record):
+            if client is not None and plane.reaches(record):
                 client.forget(record)
 
     async def aclose(self) -> None:

@@ -193,8 +193,10 @@ class ResponseStream:
             )
             try:
                 await self._services.network.open(record, self._envelope, inbox)
-                self._follow_context()
-                await inbox.opened()
+                if self._context is not None or self._stopped:
+                    self._follow_context()
+                if inbox.phase < Phase.FIRST_ITEM:
+                    await inbox.opened()
             except StatorError as error:
                 inbox.finish(error)
             except BaseException:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ConnectFailed, StatorError, Unavailable
+from stator.errors import ConnectFailed, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest, RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, NativeAddress
@@ -24,7 +24,6 @@ __all__ = ["MemoryNetwork", "MemoryPlane"]
 _PREFIX = "memory:"
 _YIELD_EVERY = 64
 _MIN_CHARGE = 64
-
 
 
 class MemoryNetwork:
@@ -52,7 +51,19 @@ class MemoryNetwork:
 class _Stream:
     """One stream: responder for the worker, link for the reader; both ends live in one process."""
 
-    __slots__ = ("_client", "_control", "_dead", "_inbox", "_loop", "_pending", "_server", "_resumed", "_since_yield", "_unread", "_window")
+    __slots__ = (
+        "_client",
+        "_control",
+        "_dead",
+        "_inbox",
+        "_loop",
+        "_pending",
+        "_resumed",
+        "_server",
+        "_since_yield",
+        "_unread",
+        "_window",
+    )
 
     def __init__(self, client: "MemoryPlane", server: "MemoryPlane", inbox: Inbox, window: int) -> None:
         self._client = client
@@ -112,9 +123,17 @@ class _Stream:
             return False
         data = encode_json(item)
         self._unread += max(len(data), _MIN_CHARGE)
-        self._later(lambda: self._inbox.receive((decode_value(data, "json"),)))
+        self._later(lambda: self._receive(data))
         self._since_yield += 1
         return self._unread < self._window and self._since_yield < _YIELD_EVERY
+
+    def _receive(self, data: bytes) -> None:
+        """Deliver one item, typed as the reader wants it."""
+        try:
+            self._inbox.receive((msgspec.json.decode(data, type=self._inbox.item_type),))
+        except msgspec.ValidationError as error:
+            self._inbox.finish(PeerProtocolError(f"item does not fit {self._inbox.item_type}: {error}"))
+            self.kill()
 
     async def ready(self) -> None:
         self._since_yield = 0
@@ -180,6 +199,10 @@ class MemoryPlane:
 
     # -- Plane
 
+    def reaches(self, record: EndpointRecord) -> bool:
+        native = record.stator
+        return isinstance(native, NativeAddress) and native.address.startswith(_PREFIX)
+
     async def listen(self, host: PlaneHost) -> "MemoryPlane":
         """It listens from the start."""
         return self
@@ -215,15 +238,13 @@ class MemoryPlane:
 
     # -- PlaneClient
 
-    def serves(self, record: EndpointRecord) -> bool:
-        native = record.stator
-        return isinstance(native, NativeAddress) and native.address.startswith(_PREFIX)
-
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
         native = record.stator
         peer = self._network.find(native.address) if isinstance(native, NativeAddress) else None
         if peer is None:
-            raise ConnectFailed("no plane listens at the instance's memory address", instance=record.instance_id, phase="connect")
+            raise ConnectFailed(
+                "no plane listens at the instance's memory address", instance=record.instance_id, phase="connect"
+            )
         path = endpoint_path(record.instance_id, record.endpoint)
         stream = _Stream(self, peer, inbox, self._network.window)
         peer.served.add(stream)

@@ -106,10 +106,6 @@ class PlaneServer(Protocol):
 class PlaneClient(Protocol):
     """The caller's side of a plane: shared by all clients of the process."""
 
-    def serves(self, record: EndpointRecord) -> bool:
-        """Whether this plane can reach the instance the record describes."""
-        ...
-
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
         """Send the request; answers arrive in `inbox`. Returns once the request is on its way, without waiting for an answer.
 
@@ -180,6 +176,10 @@ class Plane(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def reaches(self, record: EndpointRecord) -> bool:
+        """Whether this plane can reach the instance the record describes."""
+        ...
 
     async def listen(self, host: PlaneHost) -> PlaneServer:
         """The worker's side. Raises `ConnectFailed` when an address cannot be bound; nothing is left open then."""

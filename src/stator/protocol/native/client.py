@@ -218,7 +218,7 @@ class ClientSession(Session):
             self.outgoing.control(pack_header(len(body), OPEN, 0, 0, number) + body)
         else:
             stream.send_large(body)
-        receiver.advance(Phase.ACCEPT)
+        receiver.phase = Phase.ACCEPT
         return stream
 
     def _number(self) -> int:

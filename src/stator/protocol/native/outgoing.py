@@ -99,6 +99,7 @@ class Sender:
         self._offset = 0
         self._end: bytes | None = None
         self.accepting = False
+        """an ACCEPT is due, unless items or the end leave first and imply it"""
 
     def drained(self) -> None:
         """Everything queued has left."""
@@ -122,13 +123,6 @@ class Sender:
             self.queued = True
             self.outgoing.ready(self)
         return len(parts)
-
-    def accepted(self) -> None:
-        """Queue an ACCEPT, unless items or the end leave with the same flush and imply it."""
-        self.accepting = True
-        if not self.queued:
-            self.queued = True
-            self.outgoing.ready(self)
 
     def finish(self, end: bytes) -> None:
         """Queue the END behind the items; `end` is its payload, empty for a complete stream."""

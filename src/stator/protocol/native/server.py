@@ -47,7 +47,10 @@ class ServerStream(Sender):
 
     def accept(self) -> None:
         if not self.dead:
-            self.accepted()
+            self.accepting = True
+            if not self.queued:
+                self.queued = True
+                self.outgoing.ready(self)
 
     def refuse(self, error: StatorError) -> None:
         if not self.dead:

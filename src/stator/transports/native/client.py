@@ -10,7 +10,7 @@ from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.client import ClientSession
-from stator.protocol.native.hello import VERSION, Hello, Limits
+from stator.protocol.native.hello import Hello, Limits
 from stator.protocol.native.liveness import LivenessLimits, Verdict
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.tasks import Scope
@@ -81,18 +81,16 @@ class NativeClient:
 
     # -- PlaneClient
 
-    def serves(self, record: EndpointRecord) -> bool:
-        native = record.stator
-        return isinstance(native, NativeAddress) and native.plane >= VERSION
-
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
         native = record.stator
         assert isinstance(native, NativeAddress)
         line = self._lines.get(native.process)
         if line is None or not line.usable:
             line = await self._dial(native, record.instance_id)
+            if not line.usable:
+                line.session = None
         session = line.session
-        if session is None or not line.usable:
+        if session is None:
             raise ConnectFailed("the connection ended before the request left", instance=record.instance_id, phase="connect")
         inbox.link = session.open(endpoint_path(record.instance_id, record.endpoint), envelope, inbox)
 
