@@ -132,12 +132,20 @@ class ResponseStream:
     async def _items(self) -> AsyncIterator[Any]:
         """The token path: one C-level resume per item that is already here."""
         try:
-            while await self._more():
-                assert self._inbox is not None
-                items = self._inbox.items
+            while True:
+                inbox = self._inbox
+                if inbox is None or not inbox.items:
+                    if not await self._more():
+                        return
+                    inbox = self._inbox
+                    assert inbox is not None
+                items = inbox.items
                 take = items.popleft
                 while items:
                     yield take()
+                if inbox.phase is _ENDED and inbox.error is None:
+                    self._finish()
+                    return
         finally:
             if not self._entered:
                 self.kill()
@@ -187,7 +195,9 @@ class ResponseStream:
         if self._over:
             raise UsageError("the stream was closed before it was read")
         while True:
-            record = await self._choose()
+            if not self._view.records and self._attempts is None:
+                await self._appear()
+            record = self._choose()
             inbox = self._inbox = Inbox(
                 wheel=self._services.wheel, patience=self._patience, instance=record.instance_id, item_type=self._item_type
             )
@@ -212,14 +222,12 @@ class ResponseStream:
                 raise error
             self._leave()
 
-    async def _choose(self) -> EndpointRecord:
-        """The record of the instance to try next; waits for one to appear at most `instance_timeout`."""
+    def _choose(self) -> EndpointRecord:
+        """The record of the instance to try next."""
         route, view = self._route, self._view
         request = route.request
         if self._attempts is not None:
             request = msgspec.structs.replace(request, excluded=self._attempts.tried)
-        elif not view.records:
-            await self._appear()
         try:
             candidate = route.choose(view, route.policy, request)
         except StatorError:
@@ -230,6 +238,7 @@ class ResponseStream:
         return view.records[candidate.instance_id]
 
     async def _appear(self) -> None:
+        """Nobody is listed: wait for an instance, at most `instance_timeout`."""
         timeout = self._services.config.instance_timeout
         if timeout or not self._view.synced.is_set():
             try:
@@ -310,4 +319,5 @@ class ResponseStream:
             self._candidate = candidate
 
 
+_ENDED = Phase.ENDED
 _INHIBITING_PHASES = frozenset({Phase.CONNECT.label, Phase.ACCEPT.label, Phase.CALL_HOME.label})
