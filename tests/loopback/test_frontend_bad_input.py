@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import threading
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from stator.llm.output import EngineOutput
+from stator.llm.tokenizer import ByteTokenizer
 from stator.testing.fake_models import EngineCall, FakeEngine, FakeModels
 from stator.testing.frontend_kit import Answer, RawClient, RunningFrontend, chat_body, frontend
 
@@ -232,6 +234,8 @@ async def test_dripping_headers_time_out(models: FakeModels) -> None:
                 break
             await raw.send(f"X-{number}: 1\r\n".encode())
             await asyncio.sleep(0.02)
+        else:
+            pytest.fail("every byte bought more time")
         error_of(await answer, 408)
 
 
@@ -246,6 +250,8 @@ async def test_slow_bodies_time_out(models: FakeModels, running: RunningFrontend
                 break
             await raw.send(b" ")
             await asyncio.sleep(0.02)
+        else:
+            pytest.fail("every byte bought more time")
         assert error_of(await answer, 408)["code"] == "request_timeout"
         await running.until_idle()
 
@@ -312,15 +318,24 @@ async def test_pipelined_requests_are_answered_in_order(raw: RawClient) -> None:
     assert answers == ["one", "two", "three"]
 
 
-async def test_large_prompts_do_not_stop_the_loop(models: FakeModels) -> None:
-    """A large body is tokenised beside the loop: a stream goes on meanwhile, and the answer is right."""
+async def test_large_prompts_do_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large body is tokenised in another thread, a small one at once."""
     many = FakeModels(context_length=10 * MIB)
+    threads: list[bool] = []
+    encode = ByteTokenizer.encode
+
+    def recorded(self: ByteTokenizer, text: str, *, special: bool = False) -> list[int]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return encode(self, text, special=special)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", recorded)
 
     async def counts(call: EngineCall) -> AsyncGenerator[list[EngineOutput]]:
         yield [EngineOutput(token_ids=list(str(len(call.request.token_ids)).encode()), finish_reason="stop")]
 
     many.add("counts", FakeEngine(counts))
     async with frontend(many) as running, RawClient(running.port) as raw:
-        await raw.request("POST", CHAT, chat_body("x" * 5_000_000, model="counts"))
-        answer = await raw.answer()
-    assert answer.json()["choices"][0]["message"]["content"] == "5000000"
+        for size in (100, 5_000_000):
+            await raw.request("POST", CHAT, chat_body("x" * size, model="counts"))
+            assert (await raw.answer()).json()["choices"][0]["message"]["content"] == str(size)
+    assert threads == [True, False]

@@ -62,6 +62,38 @@ async def raw(running: RunningFrontend) -> AsyncIterator[RawClient]:
         yield raw
 
 
+class Recording:
+    """A transport that remembers what was written at a time."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(bytes(data))
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
+
+
+async def test_every_step_is_one_write(models: FakeModels, running: RunningFrontend, raw: RawClient) -> None:
+    gate = Gate(tokens(b"h"), tokens(b"ello"), tokens(b"!", last=True))
+    engine = models.add("gated", FakeEngine(gate.script))
+    await raw.request("POST", CHAT, chat_body("x", model="gated", stream=True))
+    async with asyncio.timeout(5):
+        while not engine.calls:
+            await asyncio.sleep(0.001)
+    (connection,) = running.server._runner.server.connections  # type: ignore[union-attr]  # only tests ask
+    recording = connection.transport = Recording(connection.transport)
+    for _ in range(3):
+        gate.step()
+    await raw.read_until(b"[DONE]")
+    assert [write.count(b'"finish_reason"') for write in recording.writes] == [1, 4, 1, 0]
+    assert recording.writes[0].startswith(b"HTTP/1.1 200 OK\r\n")
+    assert recording.writes[-1].endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 async def test_head_and_first_token_leave_together(models: FakeModels, raw: RawClient) -> None:
     gate = Gate(tokens(b"a"), tokens(b"b", last=True))
     models.add("gated", FakeEngine(gate.script))
@@ -226,7 +258,7 @@ async def test_service_routes(raw: RawClient) -> None:
     await raw.request("GET", "/metrics")
     page = await raw.answer()
     assert page.headers["content-type"].startswith("text/plain")
-    assert b"# TYPE dynamo_frontend_inter_token_latency_seconds histogram" in page.body
+    assert b"# TYPE dynamo_frontend_disconnected_clients gauge" in page.body
 
 
 async def test_metrics_of_a_stream(models: FakeModels, running: RunningFrontend, raw: RawClient) -> None:
@@ -266,7 +298,9 @@ async def test_one_log_line_per_request(raw: RawClient, caplog: pytest.LogCaptur
         await raw.answer()
         await raw.request("POST", CHAT, chat_body("abc", model="no\nsuch"), x_request_id="r-2")
         await raw.answer()
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 2
-    assert all(text in lines[0] for text in ("request_id=r-1", "status=200", "model='echo'", "output_tokens=3", "ttft_ms="))
-    assert all(text in lines[1] for text in ("request_id=r-2", "status=404", r"model='no\nsuch'", "error=model_not_found"))
+    facts = [(record.getMessage(), vars(record)) for record in caplog.records]
+    assert [message for message, _ in facts] == ["chat_completions"] * 2
+    good, bad = facts[0][1], facts[1][1]
+    assert [good[name] for name in ("request_id", "status", "model", "output_tokens")] == ["r-1", "200", "echo", 3]
+    assert 0 < good["ttft_ms"] <= good["duration_ms"]
+    assert [bad[name] for name in ("request_id", "status", "model", "error")] == ["r-2", "404", "no\nsuch", "model_not_found"]

@@ -1,15 +1,15 @@
 """Counts and times of requests, under the reference's names."""
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from stator.frontend.metrics import FrontendMetrics, RequestMeter
+from stator.telemetry import MetricRegistry
 
 
 def started() -> tuple[CollectorRegistry, FrontendMetrics, RequestMeter]:
-    registry = CollectorRegistry()
-    metrics = FrontendMetrics(registry)
-    return registry, metrics, metrics.begin(model="m", endpoint="chat_completions", stream=True, now=100.0)
+    metrics = FrontendMetrics(MetricRegistry())
+    return metrics.page, metrics, metrics.begin(model="m", endpoint="chat_completions", stream=True, now=100.0)
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
@@ -36,7 +36,7 @@ def test_a_gap_is_shared_by_the_tokens_of_its_flush() -> None:
     assert abs((value(registry, "inter_token_latency_seconds_sum", model="m") or 0) - 3.4) < 1e-9
     assert value(registry, "inter_token_latency_seconds_bucket", model="m", le="0.084") == 0
     assert value(registry, "inter_token_latency_seconds_bucket", model="m", le="0.16") == 4
-    assert value(registry, "inter_token_latency_seconds_bucket", model="m", le="2.0") == 4
+    assert value(registry, "inter_token_latency_seconds_bucket", model="m", le="2") == 4
     assert value(registry, "inter_token_latency_seconds_bucket", model="m", le="+Inf") == 5
 
 
@@ -58,10 +58,12 @@ def test_every_end_is_counted_by_reason() -> None:
 
 
 def test_names_and_buckets_of_the_reference() -> None:
-    registry, _, meter = started()
-    meter.flush(1, 100.0)
-    meter.end(error_type="", now=100.0)
-    families = {family.name: family for family in text_string_to_metric_families(generate_latest(registry).decode())}
+    _, metrics, _ = started()
+    for reason in ("", "cancelled", "overload"):
+        meter = metrics.begin(model="m", endpoint="chat_completions", stream=True, now=100.0)
+        meter.flush(1, 100.0)
+        meter.end(error_type=reason, now=100.0)
+    families = {family.name: family for family in text_string_to_metric_families(metrics.exposition().decode())}
     prefix = "dynamo_frontend_"
     wanted = {
         "requests_started": "counter",
@@ -105,7 +107,7 @@ def test_names_and_buckets_of_the_reference() -> None:
     assert len(buckets["time_to_first_token_seconds"]) == 18
 
 
-def test_the_prefix_can_be_replaced() -> None:
+def test_the_prefix_can_be_replaced_and_a_foreign_registry_used() -> None:
     registry = CollectorRegistry()
     FrontendMetrics(registry, prefix="mine").begin(model="", endpoint="completions", stream=False, now=0.0)
     labels = {"model": "unknown_model", "endpoint": "completions", "request_type": "unary"}

@@ -67,7 +67,8 @@ def describe_logged(error: Exception, state: FrontendState, ticket: Ticket) -> F
     failure = describe(error, request_id=ticket.shown_id, model=ticket.model, overload_status=state.config.overload_status)
     if failure.status >= 500:
         trace = None if isinstance(error, StatorError) else error
-        logger.warning("request %s failed: %s: %s", ticket.shown_id, type(error).__name__, error, exc_info=trace)
+        facts = {"request_id": ticket.shown_id, "model": ticket.model[:200]}
+        logger.warning("request failed: %s: %s", type(error).__name__, error, exc_info=trace, extra=facts)
     return failure
 
 
@@ -99,9 +100,8 @@ def _log(state: FrontendState, ticket: Ticket, request: web.Request, outcome: st
     if ticket.shown_id != ticket.id:
         fields["id"] = ticket.id
     if ticket.endpoint:
-        fields |= {"model": ascii(ticket.model[:200]), "stream": ticket.stream}  # escaped: it comes from outside
+        fields |= {"model": ticket.model[:200], "stream": ticket.stream}
     if ticket.failure is not None:
         fields |= {"error": ticket.failure.code or ticket.failure.label}
     fields |= ticket.meter.summary(now) if ticket.meter else {"duration_ms": round((now - ticket.began) * 1e3, 2)}
-    text = " ".join(f"{name}={value}" for name, value in fields.items())
-    logger.log(level, "%s %s", ticket.endpoint or f"{request.method} {request.path}", text, extra={"fields": fields})
+    logger.log(level, "%s", ticket.endpoint or f"{request.method} {request.path}", extra=fields)

@@ -1,17 +1,10 @@
-"""What the frontend counts (`spec/30 §8.1`): names, labels and buckets are the reference's.
+"""What the frontend counts (`spec/30 §8.1`): names, labels and buckets are the reference's. Tokens are counted once per flush."""
 
-The token path adds to plain numbers once per flush; `_TokenCollector` turns them into families when scraped. Everything else
-happens once per request and uses prometheus_client, with the labelled children kept per model.
-"""
-
-from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, generate_latest
+
+from stator.telemetry import Counter, Family, Gauge, Histogram, MetricRegistry
 
 __all__ = ["FrontendMetrics", "RequestMeter"]
 
@@ -27,21 +20,9 @@ _STAGE = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5)
 
 
 class _ModelMeter:
-    """The children of one model, and its token counts."""
+    """The series of one model."""
 
-    __slots__ = (
-        "active",
-        "cached",
-        "duration",
-        "inflight",
-        "input",
-        "itl_counts",
-        "itl_sum",
-        "output",
-        "queued",
-        "tokens",
-        "ttft",
-    )
+    __slots__ = ("active", "cached", "duration", "gap", "inflight", "input", "output", "queued", "tokens", "ttft")
 
     def __init__(self, metrics: "FrontendMetrics", model: str) -> None:
         self.active = metrics.active.labels(model)
@@ -51,75 +32,57 @@ class _ModelMeter:
         self.input = metrics.input_tokens.labels(model)
         self.cached = metrics.cached_tokens.labels(model)
         self.output = metrics.output_sequence.labels(model)
+        self.tokens = metrics.output_tokens.labels(model)
         self.ttft = metrics.ttft.labels(model)
-        self.tokens = 0
-        self.itl_counts = [0] * (len(_ITL) + 1)
-        self.itl_sum = 0.0
-
-
-class _TokenCollector(Collector):
-    """Families of the two metrics that move with every flush."""
-
-    def __init__(self, prefix: str, models: dict[str, _ModelMeter]) -> None:
-        self._prefix = prefix
-        self._models = models
-
-    def collect(self) -> Iterator[Metric]:
-        tokens = CounterMetricFamily(f"{self._prefix}_output_tokens", "Total number of output tokens", labels=["model"])
-        gaps = HistogramMetricFamily(
-            f"{self._prefix}_inter_token_latency_seconds", "Inter-token latency in seconds", labels=["model"]
-        )
-        bounds = [*(str(float(bound)) for bound in _ITL), "+Inf"]
-        for model, meter in self._models.items():
-            tokens.add_metric([model], meter.tokens)
-            counts = accumulate(meter.itl_counts)
-            gaps.add_metric([model], list(zip(bounds, counts, strict=True)), meter.itl_sum)
-        yield tokens
-        yield gaps
+        self.gap = metrics.gap.labels(model)
 
 
 class FrontendMetrics:
-    """All families, registered in `registry`. Building it twice on one registry raises `ValueError`."""
+    """All families, declared in `registry`: the process's tree of metrics, or a foreign registry that shall show them."""
 
-    def __init__(self, registry: CollectorRegistry, *, prefix: str = "dynamo_frontend") -> None:
-        self.registry = registry
+    def __init__(self, registry: MetricRegistry | CollectorRegistry, *, prefix: str = "dynamo_frontend") -> None:
+        tree = registry if isinstance(registry, MetricRegistry) else MetricRegistry()
+        if not isinstance(registry, MetricRegistry):
+            registry.register(tree.prometheus)
+        self.page = registry.prometheus if isinstance(registry, MetricRegistry) else registry
+        """what `/metrics` shows"""
+        self._tree = tree
         self._prefix = prefix
         self._models: dict[str, _ModelMeter] = {}
         request = ("model", "endpoint", "request_type")
-        self.started = self._counter(
+        self.started = self._counters(
             "requests_started", "Total number of LLM requests accepted by the frontend handler", *request
         )
-        self.requests = self._counter("requests", "Total number of LLM requests processed", *request, "status", "error_type")
-        self.cancelled = self._counter("model_cancellation", "Total number of requests cancelled by their clients", *request)
-        self.rejected = self._counter("model_rejection", "Total number of requests refused as overloaded", "model", "endpoint")
-        self.active = self._gauge("active_requests", "Number of active requests")
-        self.inflight = self._gauge("inflight_requests", "Number of inflight requests")
-        self.queued = self._gauge("queued_requests", "Number of requests in HTTP processing queue")
-        self.disconnected = Gauge(f"{prefix}_disconnected_clients", "Number of disconnected clients", registry=registry)
-        self.duration = self._histogram("request_duration_seconds", "Duration of LLM requests", _DURATION)
-        self.input_tokens = self._histogram("input_sequence_tokens", "Input sequence length in tokens", _INPUT)
-        self.cached_tokens = self._histogram("cached_tokens", "Prompt tokens found in the KV cache", _INPUT)
-        self.output_sequence = self._histogram("output_sequence_tokens", "Output sequence length in tokens", _OUTPUT)
-        self.ttft = self._histogram("time_to_first_token_seconds", "Time to first token in seconds", _TTFT)
+        self.requests = self._counters("requests", "Total number of LLM requests processed", *request, "status", "error_type")
+        self.cancelled = self._counters("model_cancellation", "Total number of requests cancelled by their clients", *request)
+        self.rejected = self._counters("model_rejection", "Total number of requests refused as overloaded", "model", "endpoint")
+        self.output_tokens = self._counters("output_tokens", "Total number of output tokens", "model")
+        self.active = self._gauges("active_requests", "Number of active requests")
+        self.inflight = self._gauges("inflight_requests", "Number of inflight requests")
+        self.queued = self._gauges("queued_requests", "Number of requests in HTTP processing queue")
+        self.disconnected = tree.gauge(f"{prefix}_disconnected_clients", "Number of disconnected clients")
+        self.duration = self._histograms("request_duration_seconds", "Duration of LLM requests", _DURATION)
+        self.input_tokens = self._histograms("input_sequence_tokens", "Input sequence length in tokens", _INPUT)
+        self.cached_tokens = self._histograms("cached_tokens", "Prompt tokens found in the KV cache", _INPUT)
+        self.output_sequence = self._histograms("output_sequence_tokens", "Output sequence length in tokens", _OUTPUT)
+        self.ttft = self._histograms("time_to_first_token_seconds", "Time to first token in seconds", _TTFT)
+        self.gap = self._histograms("inter_token_latency_seconds", "Inter-token latency in seconds", _ITL)
         # Always under this prefix (`spec/30 §8.2`).
-        stage = Histogram(
-            "dynamo_frontend_stage_duration_seconds",
-            "Duration of the stages of a request",
-            ("stage",),
-            buckets=_STAGE,
-            registry=registry,
-        )
-        self.preprocess = stage.labels("preprocess")
-        registry.register(_TokenCollector(prefix, self._models))
+        name, text = "dynamo_frontend_stage_duration_seconds", "Duration of the stages of a request"
+        self.preprocess = tree.histograms(name, text, ("stage",), _STAGE).labels("preprocess")
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{self._prefix}_{name}_total", text, labels, registry=self.registry)
+    def exposition(self) -> bytes:
+        """The page in Prometheus text format."""
+        return generate_latest(self.page)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"{self._prefix}_{name}", text, ("model",), registry=self.registry)
+    def _counters(self, name: str, text: str, *labels: str) -> Family[Counter]:
+        return self._tree.counters(f"{self._prefix}_{name}_total", text, labels)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"{self._prefix}_{name}", text, ("model",), buckets=buckets, registry=self.registry)
+    def _gauges(self, name: str, text: str) -> Family[Gauge]:
+        return self._tree.gauges(f"{self._prefix}_{name}", text, ("model",))
+
+    def _histograms(self, name: str, text: str, bounds: tuple[float, ...]) -> Family[Histogram]:
+        return self._tree.histograms(f"{self._prefix}_{name}", text, ("model",), bounds)
 
     def begin(self, *, model: str, endpoint: str, stream: bool, now: float) -> "RequestMeter":
         """Count a request that arrived. `model` is the name of a served model, or "" if it is not."""
@@ -159,7 +122,7 @@ class RequestMeter:
         if tokens <= 0:
             return
         model = self._model
-        model.tokens += tokens
+        model.tokens.value += tokens
         self.output_tokens += tokens
         if self._waiting:
             self._waiting = False
@@ -169,8 +132,7 @@ class RequestMeter:
             return
         gap = now - self.last_token
         self.last_token = now
-        model.itl_counts[bisect_left(_ITL, gap / tokens)] += tokens
-        model.itl_sum += gap
+        model.gap.observe(gap / tokens, tokens)
 
     def cached(self, tokens: int) -> None:
         """How many prompt tokens the worker found in its cache."""

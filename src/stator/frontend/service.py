@@ -4,11 +4,11 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from stator.frontend.errors import Rejected, model_not_found
 from stator.frontend.state import STATE
 from stator.llm.served import ServedModel
+from stator.telemetry import CONTENT_TYPE
 
 __all__ = ["health", "live", "metrics", "model", "models"]
 
@@ -58,5 +58,5 @@ async def live(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """`GET /metrics`: the Prometheus page of this process."""
-    page = generate_latest(request.app[STATE].metrics.registry)
-    return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
+    page = request.app[STATE].metrics.exposition()
+    return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})

@@ -6,12 +6,12 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
 
 from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, create_app
 from stator.frontend.state import STATE, FrontendState
 from stator.llm.served import ModelSource
 from stator.tasks import SystemClock
+from stator.telemetry import MetricRegistry
 
 __all__ = ["Answer", "RawClient", "RunningFrontend", "chat_body", "events_of", "frontend"]
 
@@ -27,11 +27,11 @@ class RunningFrontend:
 
     def metrics(self) -> str:
         """The page of `/metrics`."""
-        return generate_latest(self.state.metrics.registry).decode()
+        return self.state.metrics.exposition().decode()
 
     def sample(self, name: str, **labels: str) -> float:
         """One value of it; 0.0 if there is none."""
-        return self.state.metrics.registry.get_sample_value(name, labels) or 0.0
+        return self.state.metrics.page.get_sample_value(name, labels) or 0.0
 
     async def until_idle(self, seconds: float = 5.0) -> None:
         """Return when no request is being answered any more; `TimeoutError` otherwise."""
@@ -44,7 +44,7 @@ async def frontend(source: ModelSource, **settings: Any) -> AsyncGenerator[Runni
     """Serve `source` on a free port of loopback; `settings` are fields of `FrontendConfig`."""
     settings.setdefault("graceful_shutdown", 0.2)
     config = FrontendConfig(port=0, **settings)
-    app = create_app(source, config=config, metrics=FrontendMetrics(CollectorRegistry()), clock=SystemClock())
+    app = create_app(source, config=config, metrics=FrontendMetrics(MetricRegistry()), clock=SystemClock())
     async with FrontendServer(app, config=config) as server:
         yield RunningFrontend(server, app[STATE])
 
