@@ -1,0 +1,31 @@
+"""Discovery: who is there. One interface (`Discovery`) over backends; records and keys are `stator.protocol.records`'."""
+
+from stator.discovery.file import FileDiscovery, open_file
+from stator.discovery.file_config import FileDiscoveryConfig
+from stator.discovery.interface import (
+    Added,
+    Change,
+    Discovery,
+    DiscoveryFactory,
+    DiscoveryStatus,
+    Removed,
+    Watch,
+)
+from stator.discovery.memory import MemoryDiscovery, MemoryDiscoveryConfig, MemoryStore, open_memory
+
+__all__ = [
+    "Added",
+    "Change",
+    "Discovery",
+    "DiscoveryFactory",
+    "DiscoveryStatus",
+    "FileDiscovery",
+    "FileDiscoveryConfig",
+    "MemoryDiscovery",
+    "MemoryDiscoveryConfig",
+    "MemoryStore",
+    "Removed",
+    "Watch",
+    "open_file",
+    "open_memory",
+]
