@@ -3,10 +3,25 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from random import Random
 
 from stator.tasks import DeadlineWheel, SystemClock
 from stator.testing.plane_suite import PlanePair, PlaneSuite
+from stator.transports.plane import PlaneHost
 from stator.transports.tcp import CompatibleClient, CompatibleServer, TcpConfig
+
+
+def loopback_host() -> PlaneHost:
+    return PlaneHost(
+        process="a" * 32,
+        bind_host="127.0.0.1",
+        advertise_host="127.0.0.1",
+        socket_directory=None,
+        wheel=DeadlineWheel(asyncio.get_running_loop()),
+        clock=SystemClock(),
+        random=Random(1),
+        observer=None,
+    )
 
 
 class TestCompatiblePlane(PlaneSuite):
@@ -15,10 +30,9 @@ class TestCompatiblePlane(PlaneSuite):
 
     @asynccontextmanager
     async def pair(self) -> AsyncIterator[PlanePair]:
-        loop = asyncio.get_running_loop()
-        server_wheel, client_wheel = DeadlineWheel(loop), DeadlineWheel(loop)
-        server = await CompatibleServer.listen(config=self.config, wheel=server_wheel)
-        client = await CompatibleClient.start(config=self.config, wheel=client_wheel, clock=SystemClock())
+        here, there = loopback_host(), loopback_host()
+        server = await CompatibleServer.listen(self.config, here)
+        client = await CompatibleClient.start(self.config, there)
         try:
             yield PlanePair(
                 server=server, client=client, cut=client.cut, open_streams=lambda: server.open_streams + client.open_streams
@@ -26,7 +40,7 @@ class TestCompatiblePlane(PlaneSuite):
         finally:
             await client.aclose()
             await server.aclose()
-            assert len(server_wheel) == len(client_wheel) == 0
+            assert len(here.wheel) == len(there.wheel) == 0
 
 
 class TestCompatiblePlaneMsgpack(TestCompatiblePlane):

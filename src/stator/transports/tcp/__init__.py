@@ -2,6 +2,7 @@
 
 from stator.transports.tcp.client import CompatibleClient
 from stator.transports.tcp.config import TcpConfig
+from stator.transports.tcp.plane import CompatiblePlane
 from stator.transports.tcp.server import CompatibleServer
 
-__all__ = ["CompatibleClient", "CompatibleServer", "TcpConfig"]
+__all__ = ["CompatibleClient", "CompatiblePlane", "CompatibleServer", "TcpConfig"]

@@ -1,5 +1,6 @@
 """Addresses of the compatible plane: instance addresses, what to advertise, what is on this host."""
 
+import asyncio
 import fcntl
 import ipaddress
 import socket
@@ -11,7 +12,15 @@ import msgspec
 from stator.errors import ConfigError, ConnectFailed, PeerProtocolError
 from stator.protocol.control_message import parse_address
 
-__all__ = ["InstanceAddress", "advertised_host", "interface_address", "is_local", "is_loopback", "join_host_port"]
+__all__ = [
+    "InstanceAddress",
+    "interface_address",
+    "is_local",
+    "is_loopback",
+    "is_wildcard",
+    "join_host_port",
+    "numeric_host",
+]
 
 _SIOCGIFADDR = 0x8915
 
@@ -41,21 +50,23 @@ def join_host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def advertised_host(*, bound: str, advertise: str | None, setting: str) -> str:
-    """The address that other hosts are told. `bound` stands for itself unless it is a wildcard.
-
-    Raises `ConfigError` naming `setting`: the reference takes IP addresses only, and nobody can connect to a wildcard.
-    """
-    host = advertise or bound
+async def numeric_host(host: str) -> str:
+    """`host` as an IP address, looked up if it is a name: the reference reads nothing else. `ConfigError` when it has none."""
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError as error:
-        raise ConfigError(
-            f"{host!r} cannot be advertised, it is not an IP address; set {setting} to one of this host's"
-        ) from error
-    if address.is_unspecified:
-        raise ConfigError(f"the wildcard {host} cannot be advertised; set {setting} to an address others can reach")
-    return host
+        ipaddress.ip_address(host)
+        return host
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"host {host!r} is neither an IP address nor a name that can be looked up: {error}") from error
+    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether `host`, an IP address, stands for all addresses of this host."""
+    return ipaddress.ip_address(host).is_unspecified
 
 
 def is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ import struct
 import uuid
 from typing import cast
 
-from stator.errors import ConnectFailed, Disconnected, PeerProtocolError, StatorError
+from stator.errors import ConfigError, ConnectFailed, Disconnected, PeerProtocolError, StatorError
 from stator.protocol.call_home import HandshakeReader
 from stator.protocol.envelope import Codec
 from stator.protocol.request_frame import acknowledgement_error
@@ -16,7 +16,8 @@ from stator.protocol.stream import Phase
 from stator.tasks import DeadlineWheel
 from stator.tasks.wheel import Timed
 from stator.transports.inbox import Inbox
-from stator.transports.tcp.address import advertised_host, join_host_port
+from stator.transports.plane import PlaneHost
+from stator.transports.tcp.address import is_loopback, is_wildcard, join_host_port, numeric_host
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 
@@ -243,15 +244,22 @@ class CallHomeListener:
         """`host:port` that workers are told"""
 
     @classmethod
-    async def listen(cls, *, config: TcpConfig, wheel: DeadlineWheel, advertise_host: str | None) -> "CallHomeListener":
-        """Open the listener. Raises like `CompatibleServer.listen`."""
-        listener = cls(config=config, wheel=wheel)
-        listener.host = advertised_host(bound=config.call_home_host, advertise=advertise_host, setting="STATOR_ADVERTISE_HOST")
-        host, port = config.call_home_host, config.call_home_port
+    async def listen(cls, config: TcpConfig, host: PlaneHost) -> "CallHomeListener":
+        """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
+        bound = await numeric_host(config.call_home_host or host.bind_host)
+        if is_loopback(host.bind_host) and not is_loopback(bound):
+            raise ConfigError(
+                f"answers are awaited on {bound}, which is reachable by others, while host = {host.bind_host} is not;"
+                " set host (STATOR_HOST) and leave tcp.call_home_host empty, or make both loopback addresses"
+            )
+        given = config.call_home_host and not is_wildcard(bound)
+        listener = cls(config=config, wheel=host.wheel)
+        listener.host = bound if given else await numeric_host(host.advertise_host)
+        port = config.call_home_port
         try:
-            server = await wheel.loop.create_server(lambda: CallHomeConnection(listener), host, port, backlog=_BACKLOG)
+            server = await host.wheel.loop.create_server(lambda: CallHomeConnection(listener), bound, port, backlog=_BACKLOG)
         except OSError as error:
-            raise ConnectFailed(f"cannot wait for answers on {host}:{port}: {error}") from error
+            raise ConnectFailed(f"cannot wait for answers on {bound}:{port}: {error}") from error
         listener._server = server
         listener.address = join_host_port(listener.host, server.sockets[0].getsockname()[1])
         return listener

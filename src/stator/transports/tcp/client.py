@@ -15,6 +15,7 @@ from stator.protocol.two_part import encode_frame
 from stator.protocol.values import from_json
 from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
+from stator.transports.plane import PlaneHost
 from stator.transports.tcp.address import InstanceAddress, is_local, is_loopback
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.closing import closed
@@ -39,15 +40,10 @@ class CompatibleClient:
         self._closed = False
 
     @classmethod
-    async def start(
-        cls, *, config: TcpConfig, wheel: DeadlineWheel, clock: Clock, advertise_host: str | None = None
-    ) -> "CompatibleClient":
-        """Open the call-home listener. `advertise_host` is what workers are told to call in place of the bound address.
-
-        Raises `ConfigError` for an address that cannot be advertised, `ConnectFailed` for one that cannot be bound.
-        """
-        listener = await CallHomeListener.listen(config=config, wheel=wheel, advertise_host=advertise_host)
-        return cls(config=config, wheel=wheel, clock=clock, listener=listener)
+    async def start(cls, config: TcpConfig, host: PlaneHost) -> "CompatibleClient":
+        """Open the listener for answers. Raises `ConnectFailed` for an address that cannot be bound."""
+        listener = await CallHomeListener.listen(config, host)
+        return cls(config=config, wheel=host.wheel, clock=host.clock, listener=listener)
 
     @property
     def call_home_address(self) -> str:
@@ -65,9 +61,6 @@ class CompatibleClient:
         return sum(pool.lines for pool in self._pools.values())
 
     # -- PlaneClient
-
-    def serves(self, record: EndpointRecord) -> bool:
-        return record.transport.tcp is not None
 
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
         instance = record.instance_id
@@ -157,7 +150,7 @@ class CompatibleClient:
         if is_loopback(self._listener.host) and not is_local(host):
             raise ConfigError(
                 f"the worker at {host} is on another host and cannot call home to {self._listener.address};"
-                " set STATOR_TCP_CALL_HOME_HOST to an address of this host that the worker can reach",
+                " set host (STATOR_HOST) or advertise_host (STATOR_ADVERTISE_HOST) to an address that the worker can reach",
                 instance=instance,
                 phase="connect",
             )

@@ -26,9 +26,15 @@ class TcpConfig(Config, frozen=True, kw_only=True):
     max_item_size: Annotated[int, Setting(doc="largest frame a client takes from a worker", unit="bytes", ge=65_536)] = 2**27
 
     # -- the worker
-    host: Annotated[str, Setting(doc="address on which a worker takes requests", dyn="DYN_TCP_RPC_HOST")] = "127.0.0.1"
     port: Annotated[
-        int, Setting(doc="its port; 0: any free one", ge=0, le=65_535, dyn="DYN_TCP_RPC_PORT", on_bad_dyn="default")
+        int,
+        Setting(
+            doc="port on which a worker takes requests; 0: any free one",
+            ge=0,
+            le=65_535,
+            dyn="DYN_TCP_RPC_PORT",
+            on_bad_dyn="default",
+        ),
     ] = 0
     engine_slots: Annotated[
         int | None,
@@ -56,12 +62,12 @@ class TcpConfig(Config, frozen=True, kw_only=True):
     call_home_host: Annotated[
         str,
         Setting(
-            doc="address on which a client waits for answers (the reference's variable names a network interface)",
+            doc="address on which a client waits for answers; empty: the runtime's (the reference names a network interface)",
             dyn="DYN_TCP_RESPONSE_STREAM_HOST",
             dyn_read=interface_address,
             on_bad_dyn="error",
         ),
-    ] = "127.0.0.1"
+    ] = ""
     call_home_port: Annotated[
         int,
         Setting(doc="its port; 0: any free one", ge=0, le=65_535, dyn="DYN_TCP_RESPONSE_STREAM_PORT", on_bad_dyn="default"),

@@ -24,8 +24,8 @@ from stator.protocol.request_frame import (
 from stator.protocol.two_part import decode_message
 from stator.protocol.values import decode_value
 from stator.tasks import DeadlineWheel, Scope
-from stator.transports.plane import RequestSink
-from stator.transports.tcp.address import advertised_host, join_host_port
+from stator.transports.plane import PlaneHost, RequestSink
+from stator.transports.tcp.address import join_host_port, numeric_host
 from stator.transports.tcp.admission import Admission
 from stator.transports.tcp.answer import Answer
 from stator.transports.tcp.closing import closed
@@ -60,19 +60,16 @@ class CompatibleServer:
             self._admission = Admission(slots=config.pool_slots, queue=config.pool_queue)
 
     @classmethod
-    async def listen(cls, *, config: TcpConfig, wheel: DeadlineWheel, advertise_host: str | None = None) -> "CompatibleServer":
-        """Open the listener. `advertise_host` goes into records in place of the bound address.
-
-        Raises `ConfigError` for an address that cannot be advertised, `ConnectFailed` for one that cannot be bound.
-        """
-        host = advertised_host(bound=config.host, advertise=advertise_host, setting="STATOR_ADVERTISE_HOST")
-        server = cls(config=config, wheel=wheel)
+    async def listen(cls, config: TcpConfig, host: PlaneHost) -> "CompatibleServer":
+        """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
+        bound, advertised = await numeric_host(host.bind_host), await numeric_host(host.advertise_host)
+        server = cls(config=config, wheel=host.wheel)
         try:
-            listener = await wheel.loop.create_server(server._accept, config.host, config.port, backlog=_BACKLOG)
+            listener = await host.wheel.loop.create_server(server._accept, bound, config.port, backlog=_BACKLOG)
         except OSError as error:
-            raise ConnectFailed(f"cannot listen on {config.host}:{config.port}: {error}") from error
+            raise ConnectFailed(f"cannot listen on {bound}:{config.port}: {error}") from error
         server._listener = listener
-        server._address = join_host_port(host, listener.sockets[0].getsockname()[1])
+        server._address = join_host_port(advertised, listener.sockets[0].getsockname()[1])
         return server
 
     @property
