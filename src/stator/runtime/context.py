@@ -1,11 +1,14 @@
 """What a handler knows of its request, and how a request is stopped."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from stator.errors import UsageError
 
 __all__ = ["Context"]
+
+logger = logging.getLogger(__name__)
 
 
 class Context:
@@ -65,10 +68,14 @@ class Context:
     def _tell(self, *, killed: bool) -> None:
         if self._waiter is not None:
             self._waiter.set()
-        for child in self._children or ():
+        # Copies: who is told may release its child or unsubscribe. Planes call this from their parsers, so nothing may raise.
+        for child in tuple(self._children or ()):
             child.kill() if killed else child.stop()
         for callback in tuple(self._on_end or ()):
-            callback(killed)
+            try:
+                callback(killed)
+            except Exception:
+                logger.exception("a subscriber of request %s failed", self.id)
 
     async def stopped(self) -> None:
         """Wait until the request is stopped or killed. Cancelling the wait changes nothing."""

@@ -53,37 +53,40 @@ def pipeline(*stages: Operator | Engine) -> Engine:
     if not stages:
         raise UsageError("a pipeline needs at least an engine as its last stage")
     *operators, last = stages
-    if not callable(getattr(last, "generate", None)):
+    if not _accepts(getattr(last, "generate", None), 2):
         raise UsageError(f"the last stage of a pipeline must have generate(request, context), got {last!r}")
     engine: Any = last
     for operator in reversed(operators):
-        if not callable(getattr(operator, "generate", None)) or _parameters(operator.generate) < 3:
+        if not _accepts(getattr(operator, "generate", None), 3):
             raise UsageError(f"{operator!r} is no operator: it needs generate(request, next, context)")
-        engine = _Linked(operator, engine)  # pyright: ignore[reportArgumentType]  # the parameter count was checked above
+        engine = _Linked(operator, engine)  # pyright: ignore[reportArgumentType]  # the parameters were checked above
     return engine
 
 
 def generate_function(handler: Handler | Engine) -> Generate:
     """Bring what a user may serve to one form. Raises `UsageError` for anything that is not an async generator or engine."""
     function: Any = getattr(handler, "generate", handler)
-    if not callable(function):
+    code: Any = getattr(function, "__call__", None)  # noqa: B004  # where an object has its code
+    if code is None:
         raise UsageError(f"cannot serve {handler!r}: expected an async generator function or an object with generate()")
-    if inspect.iscoroutinefunction(function):
-        raise UsageError(f"{function!r} is a coroutine function; a handler must yield its items (async def with yield)")
-    count = _parameters(function)
-    if count == 1:
+    for each in (function, code):
+        if inspect.iscoroutinefunction(each) or inspect.isgeneratorfunction(each):
+            raise UsageError(f"{function!r} is no async generator; a handler must yield its items (async def with yield)")
+    if _accepts(function, 2):
+        return function
+    if _accepts(function, 1):
         return lambda request, context: function(request)
-    if count < 1:
-        raise UsageError(f"{function!r} takes no request; a handler takes (request) or (request, context)")
-    return function
+    raise UsageError(f"{function!r} cannot be called with (request) or (request, context)")
 
 
-def _parameters(function: Callable[..., Any]) -> int:
-    """How many positional arguments `function` takes, as far as can be told; 2 when it cannot."""
+def _accepts(function: Any, count: int) -> bool:
+    """Whether `function` can be called with `count` positional arguments, as far as can be told."""
+    if not callable(function):
+        return False
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 2
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 3
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a function without signature: it will say so itself
+        return True
+    return True
