@@ -132,13 +132,15 @@ class ResponseStream:
     async def _items(self) -> AsyncIterator[Any]:
         """The token path: one C-level resume per item that is already here."""
         try:
+            inbox = self._inbox or await self._open()
             while True:
-                inbox = self._inbox
-                if inbox is None or not inbox.items:
-                    if not await self._more():
+                try:
+                    if not await inbox.more():
+                        self._finish()
                         return
-                    inbox = self._inbox
-                    assert inbox is not None
+                except StatorError as error:
+                    inbox = await self._recover(inbox, error)
+                    continue
                 items = inbox.items
                 take = items.popleft
                 while items:
@@ -168,29 +170,31 @@ class ResponseStream:
 
     async def _more(self) -> bool:
         """Wait for an item; False at the end. Retries elsewhere while nothing was delivered."""
-        if self._inbox is None:
-            await self._open()
+        inbox = self._inbox or await self._open()
         while True:
-            inbox = self._inbox
-            assert inbox is not None
             try:
                 if await inbox.more():
                     return True
-                self._finish()
-                return False
             except StatorError as error:
-                if inbox.error is not error or self._over:
-                    raise
-                self._judge(error, delivered=inbox.delivered)
-                if inbox.delivered or not self._may_retry(error):
-                    self._finish()
-                    raise
-                self._leave()
-                await self._open()
+                inbox = await self._recover(inbox, error)
+                continue
+            self._finish()
+            return False
+
+    async def _recover(self, inbox: Inbox, error: StatorError) -> Inbox:
+        """The inbox of another attempt, if `error` allows one; raises it otherwise."""
+        if inbox.error is not error or self._over:
+            raise error
+        self._judge(error, delivered=inbox.delivered)
+        if inbox.delivered or not self._may_retry(error):
+            self._finish()
+            raise error
+        self._leave()
+        return await self._open()
 
     # -- sending
 
-    async def _open(self) -> None:
+    async def _open(self) -> Inbox:
         """Find an instance that accepts the request. Cancelled: the request was withdrawn or killed."""
         if self._over:
             raise UsageError("the stream was closed before it was read")
@@ -215,7 +219,7 @@ class ResponseStream:
             error = inbox.error
             if error is None or inbox.delivered:
                 self._view.availability.mark_success(record.instance_id)
-                return
+                return inbox
             self._judge(error, delivered=False)
             if not self._may_retry(error):
                 self._finish()

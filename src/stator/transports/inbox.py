@@ -16,6 +16,7 @@ from stator.tasks.wheel import DeadlineWheel, Timed
 _FIRST_ITEM, _ENDED = Phase.FIRST_ITEM, Phase.ENDED
 _NEVER = float("inf")
 _LOOK_AT_LEAST = 60.0
+_TWO_READERS = "a stream is read by one task at a time; another one is waiting on it"
 
 __all__ = ["UNLINKED", "Inbox", "Patience", "PhaseLimits", "StreamLink"]
 
@@ -122,17 +123,31 @@ class Inbox(Receiver):
     async def opened(self) -> None:
         """Wait until the request was accepted or the stream ended. Cancelled: nothing changed."""
         while self.phase < _FIRST_ITEM:
-            await self._wait()
+            if self._waiter is not None:
+                raise UsageError(_TWO_READERS)
+            self._since = self._wheel.now()
+            self._waiter = self._wheel.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     async def more(self) -> bool:
         """Wait until `items` is not empty (True) or the stream ended (False; raises its error). Cancelled: nothing was taken."""
-        while not self.items:
+        while not self.items:  # token path: no call but these
             if self.phase is _ENDED:
                 if self.error is not None:
                     raise self.error
                 return False
             self.link.taken()
-            await self._wait()
+            if self._waiter is not None:
+                raise UsageError(_TWO_READERS)
+            self._since = self._wheel.now()
+            self._waiter = self._wheel.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         return True
 
     def kill(self) -> None:
@@ -146,16 +161,6 @@ class Inbox(Receiver):
     def stop(self) -> None:
         """Ask the worker to end gracefully; what it still sends is delivered."""
         self.link.stop()
-
-    async def _wait(self) -> None:
-        if self._waiter is not None:
-            raise UsageError("a stream is read by one task at a time; another one is waiting on it")
-        self._since = self._wheel.now()
-        self._waiter = self._wheel.loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     # -- deadlines --------------------------------------------------------------------------------------------------------
 

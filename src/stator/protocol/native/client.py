@@ -31,6 +31,7 @@ from stator.protocol.native.outgoing import ITEM_OVERHEAD, RequestSender
 from stator.protocol.native.problem import decode_error
 from stator.protocol.native.session import Session
 from stator.protocol.stream import Phase, Receiver
+from stator.protocol.values import DECODE_ERRORS
 
 __all__ = ["ClientSession", "ClientStream"]
 
@@ -91,7 +92,8 @@ class ClientStream:
     def taken(self) -> None:
         self._uncredited += self._unread
         self._unread = 0
-        self._return_credit()
+        if self._uncredited * 2 >= self._window:
+            self._return_credit()
 
     def _withdraw(self) -> bool:
         """Take back a large request that has not left as a whole; the handler was not called then."""
@@ -111,11 +113,14 @@ class ClientStream:
     # -- frames
 
     def items(self, flags: int, count: int, payload: bytes) -> None:
+        """An ITEMS frame. Token path: one decode and one call into the receiver."""
         if flags & MORE or self._fragments is not None:
             self._fragment(flags, count, payload)
             return
-        values = self._decode(self._lines, payload)
-        if values is None:
+        try:
+            values = self._lines(payload)
+        except DECODE_ERRORS as error:
+            self._undecodable(error)
             return
         if len(values) != count:
             raise PeerProtocolError(f"ITEMS frame announces {count} items and holds {len(values)}")
@@ -134,32 +139,31 @@ class ClientStream:
             if count:
                 raise PeerProtocolError("a fragment of an item cannot end one")
             self._uncredited += len(payload)
-            self._return_credit()
+            if self._uncredited * 2 >= self._window:
+                self._return_credit()
             return
         whole = b"".join(self._fragments)
         self._fragments = None
         if count != 1:
             raise PeerProtocolError(f"the last fragment of an item announces {count} items")
         self._unread += len(payload) + ITEM_OVERHEAD
-        value = self._decode(self._one, whole)
-        if value is not None or not self.receiver.ended:
-            self.receiver.receive((value,))
+        try:
+            value = self._one(whole)
+        except DECODE_ERRORS as error:
+            self._undecodable(error)
+            return
+        self.receiver.receive((value,))
 
     def _return_credit(self) -> None:
-        if self._uncredited * 2 >= self._window:
-            self._session.outgoing.control(frame(CREDIT, self.number, _CREDIT(self._uncredited)))
-            self._uncredited = 0
+        self._session.outgoing.control(frame(CREDIT, self.number, _CREDIT(self._uncredited)))
+        self._uncredited = 0
 
-    def _decode(self, decode: Callable[[bytes], Any], payload: bytes) -> Any:
-        """Decoded values, or None when the items are not of the caller's type: that ends this stream only."""
-        try:
-            return decode(payload)
-        except msgspec.ValidationError as error:
-            self.receiver.finish(PeerProtocolError(f"item does not fit {self.receiver.item_type}: {error}"))
-            self._session.kill(self)
-            return None
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    def _undecodable(self, error: Exception) -> None:
+        """Items that are JSON but not of the caller's type end this stream only; anything else is a broken peer."""
+        if not isinstance(error, msgspec.ValidationError):
             raise PeerProtocolError(f"ITEMS frame of stream {self.number} is not JSON: {error}") from error
+        self._session.kill(self)
+        self.receiver.finish(PeerProtocolError(f"item does not fit {self.receiver.item_type}: {error}"))
 
     def release(self, budget: ByteBudget) -> None:
         """The stream is over for the client: return its window."""
@@ -181,11 +185,12 @@ class ClientSession(Session):
         limits: LivenessLimits,
         now: float,
         wake: Callable[[], None],
+        hurry: Callable[[], None],
         greeted: Callable[[], None],
         budget: ByteBudget,
         away: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(hello=hello, limits=limits, now=now, wake=wake, greeted=greeted)
+        super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted)
         self.streams: dict[int, ClientStream] = {}
         self.killed: set[int] = set()
         self._budget = budget

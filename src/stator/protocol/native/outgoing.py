@@ -13,14 +13,20 @@ ITEM_OVERHEAD = 64
 FLUSH_LIMIT = 1024 * 1024
 """bytes of stream data one flush takes"""
 
+EARLY = 16
+"""frames or streams waiting at which a flush does not wait for the end of the loop's turn, so that both ends work at the same time"""
+
 
 class Outgoing:
-    """Bytes on their way out of one connection. `wake` is called when there is something to send and there was nothing before."""
+    """Bytes on their way out of one connection. `wake` is called when there is something to send and there was nothing before, `hurry`
+    when there is much: flush at once then.
+    """
 
-    __slots__ = ("_awake", "_control", "_ready", "wake", "writable")
+    __slots__ = ("_awake", "_control", "_ready", "hurry", "wake", "writable")
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], hurry: Callable[[], None]) -> None:
         self.wake = wake
+        self.hurry = hurry
         self.writable = True
         """False while the transport asks its producers to pause"""
         self._awake = False
@@ -36,9 +42,13 @@ class Outgoing:
         if not self._awake:
             self._awake = True
             self.wake()
+        elif len(self._control) >= EARLY:
+            self.hurry()
 
     def ready(self, sender: "Sender | RequestSender") -> None:
         """`sender` has something and is not queued."""
+        if len(self._ready) >= EARLY:  # those before it have had their turn of the loop
+            self.hurry()
         self._ready.append(sender)
         if not self._awake:
             self._awake = True

@@ -114,12 +114,13 @@ class ServerSession(Session):
         limits: LivenessLimits,
         now: float,
         wake: Callable[[], None],
+        hurry: Callable[[], None],
         greeted: Callable[[], None],
         budget: ByteBudget,
         lookup: Callable[[str], RequestSink | None],
         make: Callable[["ServerSession", int, int], ServerStream] = ServerStream,
     ) -> None:
-        super().__init__(hello=hello, limits=limits, now=now, wake=wake, greeted=greeted)
+        super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted)
         self.streams: dict[int, ServerStream] = {}
         self.last = 0
         """the stream id taken last"""

@@ -20,14 +20,21 @@ class Session:
     """
 
     def __init__(
-        self, *, hello: Hello, limits: LivenessLimits, now: float, wake: Callable[[], None], greeted: Callable[[], None]
+        self,
+        *,
+        hello: Hello,
+        limits: LivenessLimits,
+        now: float,
+        wake: Callable[[], None],
+        hurry: Callable[[], None],
+        greeted: Callable[[], None],
     ) -> None:
         self.hello = hello
         self.peer: Hello | None = None
         """the other side's HELLO, None until it arrived"""
         self.gone: Goaway | None = None
         """the other side's GOAWAY"""
-        self.outgoing = Outgoing(wake)
+        self.outgoing = Outgoing(wake, hurry)
         self.liveness = Liveness(limits, now)
         self._greeted = greeted
         self._reader = FrameReader()

@@ -165,6 +165,7 @@ class NativeClient:
             limits=self._limits,
             now=self._wheel.now(),
             wake=connection.wake,
+            hurry=connection.flush,
             greeted=lambda: self._greeted(line),
             budget=self._budget,
             away=lambda: self._went_away(line),

@@ -16,9 +16,6 @@ __all__ = ["Connection", "set_no_delay"]
 
 logger = logging.getLogger(__name__)
 
-_HIGH_WATER = 256 * 1024
-"""bytes in the transport's buffer at which producers pause"""
-
 _JUDGE_EVERY = 0.1
 """seconds between looks at the liveness of a connection with streams"""
 
@@ -74,9 +71,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
         set_no_delay(transport)
-        self._transport.set_write_buffer_limits(high=_HIGH_WATER)
+        self._transport.set_write_buffer_limits(high=0)  # writes go to the kernel at once; what it refuses pauses producers
         self._wheel.arm(self, self._wheel.now() + _JUDGE_EVERY)
-        self._flush()
+        self.flush()
 
     def data_received(self, data: bytes) -> None:
         session = self._session
@@ -90,7 +87,7 @@ class Connection(asyncio.Protocol):
         # Whoever these bytes woke runs next; a flush queued now comes right after them, in the same turn of the loop.
         if not self._scheduled:
             self._scheduled = True
-            self._wheel.loop.call_soon(self._flush)
+            self._wheel.loop.call_soon(self._end_turn)
         if recovered and self._recovered is not None:
             self._recovered(self)
 
@@ -118,10 +115,14 @@ class Connection(asyncio.Protocol):
         """The session has something to send: write it at the end of this loop tick."""
         if not self._scheduled:
             self._scheduled = True
-            self._wheel.loop.call_soon(self._flush)
+            self._wheel.loop.call_soon(self._end_turn)
 
-    def _flush(self) -> None:
+    def _end_turn(self) -> None:
         self._scheduled = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the session has, now. Harmless when it has nothing."""
         transport = self._transport
         if transport is None or self._session is None or transport.is_closing():
             return
@@ -143,7 +144,7 @@ class Connection(asyncio.Protocol):
         """Write what is queued (bounded by the transport's buffer) and close; `lost` follows in the next loop tick. Idempotent."""
         if self._reason is None:
             self._reason = reason
-            self._flush()
+            self.flush()
             if self._transport is not None:
                 self._transport.close()
 

@@ -135,6 +135,7 @@ class NativeServer:
             limits=WORKER_LIMITS,
             now=self._wheel.now(),
             wake=connection.wake,
+            hurry=connection.flush,
             greeted=lambda: None,
             budget=self._budget,
             lookup=self._sinks.get,
