@@ -1,12 +1,13 @@
 """Settings of a runtime."""
 
+import ipaddress
 from typing import Annotated, Literal
 
 from stator.config import Config, Setting
 from stator.errors import ConfigError
 from stator.transports.inbox import PhaseLimits
 
-__all__ = ["RuntimeConfig"]
+__all__ = ["RuntimeConfig", "is_wildcard"]
 
 
 def _discovery(text: str) -> str:
@@ -17,6 +18,18 @@ def _discovery(text: str) -> str:
 def _request_plane(text: str) -> str:
     """Any case is accepted (`spec/10 §1.7`)."""
     return text.lower()
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether listening on `host` means all addresses of the machine: nobody can connect to that."""
+    if host in ("", "*", "0"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_unspecified
 
 
 class RuntimeConfig(Config, frozen=True, kw_only=True):
@@ -72,7 +85,9 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     ] = 30.0
 
     def check(self) -> None:
-        if self.advertise_host in ("0.0.0.0", "::", "*"):
+        if not self.host:
+            raise ConfigError("host is empty, which would listen everywhere; name an address, 0.0.0.0 if it is meant")
+        if self.advertise_host and is_wildcard(self.advertise_host):
             raise ConfigError(f"advertise_host = {self.advertise_host!r} is a wildcard; others cannot connect to it")
 
     @property

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from stator import settings
 from stator.errors import ConfigError
-from stator.runtime.config import RuntimeConfig
+from stator.runtime.config import RuntimeConfig, is_wildcard
 
 __all__ = ["advertised_host", "check_bind", "raise_file_limit", "socket_directory"]
 
 logger = logging.getLogger(__name__)
-
-_WILDCARDS = ("0.0.0.0", "::")
 
 
 def check_bind(host: str, *, allowed: bool) -> None:
@@ -36,14 +34,14 @@ def advertised_host(config: RuntimeConfig) -> str:
     check_bind(config.host, allowed=config.insecure_bind)
     if config.advertise_host:
         return config.advertise_host
-    if config.host not in _WILDCARDS:
+    if not is_wildcard(config.host):
         return config.host
     return settings.pod_ip() or _routable_address(config.host)
 
 
 def _routable_address(wildcard: str) -> str:
     """The address this machine would use towards others; nothing is sent."""
-    family, target = (socket.AF_INET6, "2001:db8::1") if wildcard == "::" else (socket.AF_INET, "192.0.2.1")
+    family, target = (socket.AF_INET6, "2001:db8::1") if ":" in wildcard else (socket.AF_INET, "192.0.2.1")
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((target, 9))

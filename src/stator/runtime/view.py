@@ -39,15 +39,17 @@ class InstanceView:
         """Keep up with discovery until cancelled or discovery is closed."""
         async with discovery.watch(Query(EndpointRecord.bucket, self.endpoint.segments)) as watch:
             async for _ in watch:
-                self._update({key.id: record for key, record in watch.current.items() if isinstance(record, EndpointRecord)})
+                self.update({key.id: record for key, record in watch.current.items() if isinstance(record, EndpointRecord)})
 
-    def _update(self, records: dict[int, EndpointRecord]) -> None:
-        gone = [record for instance, record in self.records.items() if instance not in records]
+    def update(self, records: dict[int, EndpointRecord]) -> None:
+        """These are all instances now. One whose record changed is another process under the same id: it starts anew."""
+        gone = [record for instance, record in self.records.items() if records.get(instance) != record]
         self.records = records
         self.availability.update(
             self.occupancy.update({instance: record.device_type or "" for instance, record in records.items()})
         )
         for record in gone:
+            self.availability.forget(record.instance_id)
             self._forget(record)
         self.synced.set()
         changed, self._changed = self._changed, asyncio.Event()
