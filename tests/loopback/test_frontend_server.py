@@ -33,11 +33,14 @@ def server_on(config: FrontendConfig, **options: object) -> FrontendServer:
 
 
 async def test_several_servers_share_a_port() -> None:
-    first = bind(FrontendConfig(port=0))
+    first = bind(FrontendConfig(port=0), shared=True)
     port = first.getsockname()[1]
     config = FrontendConfig(port=port, graceful_shutdown=0.1)
-    async with server_on(config, sock=first) as one, server_on(config) as two:
+    second = bind(config, shared=True)
+    async with server_on(config, sock=first) as one, server_on(config, sock=second) as two:
         assert one.port == two.port == port
+        with pytest.raises(ConfigError, match=str(port)):
+            bind(config)
         for _ in range(20):
             async with RawClient(port) as raw:
                 await raw.request("GET", "/live")

@@ -1,23 +1,28 @@
 """`stator serve | worker | frontend | ls`."""
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from stator import __version__, settings
 from stator.cli.frontend import run_frontend
 from stator.cli.listing import list_cluster
 from stator.cli.serve import ServeOptions, run_serve
+from stator.cli.supervision import NewsKind, tell
 from stator.cli.worker import run_worker
-from stator.errors import StatorError
+from stator.errors import StatorError, UsageError
 from stator.runtime.signals import run
 from stator.telemetry import LogConfig, configure_logging
 
 __all__ = ["app"]
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="stator",
@@ -64,18 +69,29 @@ def _common(
     """Settings may also be given as STATOR_* variables; see docs/settings.md."""
 
 
-def _main(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
-    """Run a command: logging on, errors as one line, the returned number as exit status."""
+def _main(work: Callable[[], Coroutine[Any, Any, int]], *, supervised: bool = False) -> None:
+    """Run a command: logging on, errors as one line (told to the supervisor if there is one), the number as exit status."""
     try:
-        settings.check_names()
         configure_logging(settings.load(LogConfig))
         status = run(work())
     except StatorError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
-        status = 2
+        logger.debug("the command failed", exc_info=error)
+        _say_why(error.message, supervised=supervised)
+        status = 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         status = 130
+    except Exception as error:
+        logger.exception("the command failed")
+        _say_why(f"{type(error).__name__}: {error}", supervised=supervised)
+        status = 1
     sys.exit(status)
+
+
+def _say_why(reason: str, *, supervised: bool) -> None:
+    if supervised:
+        tell(NewsKind.FAILED, reason)
+    else:
+        Console(stderr=True, emoji=False).print(f"[bold red]error:[/] {escape(reason)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -90,6 +106,7 @@ def serve(
     option: Options = None,
     policy: Policy = None,
     namespace: Namespace = None,
+    component: Component = None,
     isolated: Annotated[
         bool, typer.Option("--isolated", help="Use a discovery directory of its own, so that nobody else's workers are seen.")
     ] = False,
@@ -110,6 +127,7 @@ def serve(
         options=tuple(option or ()),
         policy=policy,
         namespace=namespace,
+        component=component,
         isolated=isolated,
         insecure_bind=insecure_bind,
     )
@@ -135,7 +153,8 @@ def worker(
             options=tuple(option or ()),
             place={"served_name": name or None, "namespace": namespace, "component": component, "endpoint": endpoint},
             supervised=supervised,
-        )
+        ),
+        supervised=supervised,
     )
 
 
@@ -148,7 +167,10 @@ def frontend(
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run one frontend process: OpenAI's HTTP API for every model that workers of the cluster have registered."""
-    _main(lambda: run_frontend(host=host, port=port, policy=policy, insecure_bind=insecure_bind, supervised=supervised))
+    _main(
+        lambda: run_frontend(host=host, port=port, policy=policy, insecure_bind=insecure_bind, supervised=supervised),
+        supervised=supervised,
+    )
 
 
 @app.command("ls")

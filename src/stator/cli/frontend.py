@@ -1,18 +1,20 @@
 """`stator frontend`: the HTTP API over whatever models discovery knows."""
 
 import asyncio
+import logging
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-
 from stator import settings
-from stator.cli.supervision import ended_with_supervisor, progress_line
-from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, create_app
+from stator.cli.supervision import NewsKind, ended_with_supervisor, tell
+from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, bind, create_app
 from stator.llm.directory import ModelDirectory
 from stator.runtime import Runtime
 from stator.tasks import Scope, SystemClock
+from stator.telemetry import MetricRegistry
 
 __all__ = ["frontend_config", "run_frontend"]
+
+logger = logging.getLogger(__name__)
 
 
 def frontend_config(*, host: str | None, port: int | None, insecure_bind: bool) -> FrontendConfig:
@@ -22,15 +24,21 @@ def frontend_config(*, host: str | None, port: int | None, insecure_bind: bool) 
 
 
 async def run_frontend(*, host: str | None, port: int | None, policy: str | None, insecure_bind: bool, supervised: bool) -> int:
-    """Serve until a signal, or until the supervisor is gone. Returns the exit status."""
+    """Serve until a signal, or until the supervisor is gone. Returns the exit status.
+
+    Supervised ones share their port with each other.
+    """
     config = await asyncio.to_thread(frontend_config, host=host, port=port, insecure_bind=insecure_bind)
     clock = SystemClock()
     async with Runtime.connect() as runtime, Scope("frontend process") as scope:
         if supervised:
             scope.spawn(ended_with_supervisor(runtime.shutdown), name="supervisor")
         async with ModelDirectory.follow(runtime, clock=clock, policy=policy) as directory:
-            app = create_app(directory, config=config, metrics=FrontendMetrics(CollectorRegistry()), clock=clock)
-            async with FrontendServer(app, config=config) as server:
-                progress_line(f"listening on {server.url}")
+            app = create_app(directory, config=config, metrics=FrontendMetrics(MetricRegistry()), clock=clock)
+            async with FrontendServer(app, config=config, sock=bind(config, shared=supervised)) as server:
+                if supervised:
+                    tell(NewsKind.READY, server.url)
+                else:
+                    logger.info("listening on %s", server.url)
                 await runtime.wait_for_shutdown()
     return 0

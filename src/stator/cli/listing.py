@@ -5,15 +5,18 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from stator.llm.card import card_from_json
 from stator.protocol.ids import format_instance_id
 from stator.protocol.records import EndpointRecord, ModelRecord, NativeAddress, Query
 from stator.runtime import Runtime
 from stator.tasks import SystemClock
 
 __all__ = ["list_cluster"]
+
+_WIDE = 1000
+"""columns, where the output is no terminal"""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,20 +67,22 @@ def _names(models: list[Any]) -> dict[tuple[tuple[str, ...], int], str]:
     names: dict[tuple[tuple[str, ...], int], str] = {}
     for record in models:
         if isinstance(record, ModelRecord) and not isinstance(record.model_suffix, str):
-            names[record.endpoint_id.segments, record.instance_id] = card_from_json(record.card_json).display_name
+            names[record.endpoint_id.segments, record.instance_id] = str(record.card_json.get("display_name", ""))
     return names
 
 
 def _print(rows: list[Row], where: str) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDE  # whoever reads it is no person: one line per instance
     if not rows:
         console.print(f"nothing is registered ({where})", soft_wrap=True)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     for title in ("endpoint", "instance", "model", "native plane", "compatible plane", "device", "seen"):
         table.add_column(title, overflow="fold")
     for row in rows:
         age = "" if row.seen is None else f"{row.seen:.1f} s ago"
-        table.add_row(row.endpoint, row.instance, row.model, row.native or "–", row.address or "–", row.device, age)
+        table.add_row(row.endpoint, row.instance, escape(row.model), row.native or "–", row.address or "–", row.device, age)
     console.print(table)
-    console.print(f"[dim]{len(rows)} instances, {where}[/]", soft_wrap=True)
+    console.print(f"[dim]{len(rows)} instance{'' if len(rows) == 1 else 's'} ({where})[/]", soft_wrap=True)

@@ -1,30 +1,34 @@
 """`stator serve`: frontends on one port and workers behind them, supervised, until Ctrl-C."""
 
 import asyncio
+import os
 import shlex
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from random import Random, SystemRandom
+from socket import socket
 
-import aiohttp
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from stator import settings
 from stator.cli.frontend import frontend_config
+from stator.cli.greeting import example_request, first_answer
+from stator.cli.supervision import News, NewsKind
 from stator.cli.supervisor import Child, Supervisor
-from stator.cli.worker import engine_name
-from stator.errors import StatorError
-from stator.frontend import bind
+from stator.cli.worker import StartFailed, engine_name, worker_config
+from stator.frontend import FrontendConfig, bind
+from stator.runtime.plugins import check_settings
 from stator.runtime.signals import shutdown_event
 from stator.tasks import Scope
+from stator.worker import WorkerConfig
 
 __all__ = ["ServeOptions", "run_serve"]
 
-_FRONTEND_LIMIT = 8.0
-_WORKER_LIMIT = 40.0
-"""seconds children get to end by themselves"""
+_MARGIN = 5.0
+"""seconds children get to end beyond what their settings allow them"""
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,75 +44,134 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     options: tuple[str, ...]
     policy: str | None
     namespace: str | None
+    component: str | None
     isolated: bool
     insecure_bind: bool
+
+    @property
+    def place(self) -> dict[str, str | None]:
+        """What it says about the workers' settings."""
+        return {"served_name": self.name or None, "namespace": self.namespace, "component": self.component}
 
 
 async def run_serve(options: ServeOptions) -> int:
     """Start everything, wait until a request went through, say so, and stop cleanly. Returns the exit status."""
-    console = Console(highlight=False, soft_wrap=True)
+    await asyncio.to_thread(check_settings)
     config = await asyncio.to_thread(frontend_config, host=options.host, port=options.port, insecure_bind=options.insecure_bind)
-    ending = shutdown_event()
+    workers = await asyncio.to_thread(worker_config, options.place)
     with ExitStack() as stack:
         changes: dict[str, str | None] = {}
         if options.isolated:
             changes["STATOR_FILE_ROOT"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="stator-"))
-        held = stack.enter_context(bind(config))  # keeps the port for all frontends; never listens
-        port = held.getsockname()[1]
-        environment = settings.child_environment(changes)
-        told = _Teller(console)
-        workers = _workers(options, environment, told)
-        frontends = _frontends(options, port, environment, told)
-        supervisor = Supervisor(Random(SystemRandom().getrandbits(64)))
-        url = f"http://{config.host}:{port}"
-        engine = engine_name(options.engine, options.model)
-        console.print(f"[bold]stator[/] starting {options.workers} × {engine}, {options.frontends} × frontend")
-        async with Scope("serve") as scope:
-            watching = scope.spawn(supervisor.watch([*workers, *frontends], scope), name="supervisor")
-            greeting = scope.spawn(_greet(url, console, changes), name="greeting")
-            stopping = scope.spawn(ending.wait(), name="signal")
-            try:
-                await asyncio.wait((watching, stopping), return_when=asyncio.FIRST_COMPLETED)
-                greeting.cancel()
-                if watching.done() and isinstance(error := watching.exception(), StatorError):
-                    raise error
-            finally:
-                console.print("stopping …")
-                await supervisor.end(frontends, _FRONTEND_LIMIT)
-                await supervisor.end(workers, _WORKER_LIMIT)
-        console.print("stopped")
+        held = stack.enter_context(_hold(config))
+        await _Service(options, config, workers, port=held.getsockname()[1], changes=changes).run()
     return 0
 
 
-class _Teller:
-    """Shows what children say; the frontends' addresses are ours to announce."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __call__(self, name: str, text: str) -> None:
-        if not text.startswith("listening"):
-            self._console.print(f"  [dim]{name}:[/] {text}")
+def _hold(config: FrontendConfig) -> socket:
+    """A socket that keeps the port for all frontends and never listens itself. `ConfigError` if somebody else has the port."""
+    if config.port:
+        bind(config).close()
+    return bind(config, shared=True)
 
 
-def _workers(options: ServeOptions, environment: dict[str, str], told: _Teller) -> list[Child]:
+class _Service:
+    """All the processes of one `stator serve`, and what they show."""
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        config: FrontendConfig,
+        workers: WorkerConfig,
+        *,
+        port: int,
+        changes: Mapping[str, str | None],
+    ) -> None:
+        self._options = options
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
+        self._root = changes.get("STATOR_FILE_ROOT")
+        self._frontend_limit = config.graceful_shutdown + _MARGIN
+        self._worker_limit = workers.grace_period + workers.drain_timeout + workers.cleanup_timeout + _MARGIN
+        self._url = _url(config, port)
+        self._model: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        environment = settings.child_environment(changes)
+        # As many threads as cores in each worker would slow all of them down. Torch and OpenMP read this.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // options.workers)))
+        if workers.grace_period == WorkerConfig().grace_period:
+            # All of us end together: nobody has to be given time to notice.
+            environment["STATOR_WORKER_GRACE_PERIOD"] = "0"
+        self._workers = [
+            Child(f"worker {number}", _worker_arguments(options), environment, self._told)
+            for number in range(1, options.workers + 1)
+        ]
+        self._frontends = [
+            Child(f"frontend {number}", _frontend_arguments(options, port), environment, self._told)
+            for number in range(1, options.frontends + 1)
+        ]
+
+    async def run(self) -> None:
+        """Until a signal. Raises `StartFailed` when a process cannot be started; nothing is left running either way."""
+        engine = engine_name(self._options.engine, self._options.model)
+        self._show(f"[bold]stator[/] starting {self._options.workers} × {escape(engine)}, {self._options.frontends} × frontend")
+        supervisor = Supervisor(Random(SystemRandom().getrandbits(64)))
+        async with Scope("serve") as scope:
+            supervisor.start([*self._workers, *self._frontends], scope)
+            failed = scope.spawn(supervisor.gave_up(), name="failure")
+            ended = scope.spawn(shutdown_event().wait(), name="signal")
+            scope.spawn(self._greet(), name="greeting")
+            try:
+                await asyncio.wait((failed, ended), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._show("stopping …")
+                await supervisor.end(self._frontends, timeout=self._frontend_limit)
+                await supervisor.end(self._workers, timeout=self._worker_limit)
+        if failed.done() and not failed.cancelled():
+            raise StartFailed(failed.result())
+        self._show("stopped")
+
+    def _told(self, name: str, news: News) -> None:
+        """Show what a child says; the frontends' addresses are ours to announce."""
+        text = escape(news.text)
+        if news.kind is NewsKind.READY:
+            if name.startswith("frontend"):
+                return
+            if not self._model.done():
+                self._model.set_result(news.text)
+            text = f"ready, serves {text}"
+        self._show(f"  [dim]{name}:[/] {text}")
+
+    async def _greet(self) -> None:
+        """Wait until a request went through, then say how to send one."""
+        model = await self._model
+        path = await first_answer(self._url, model, say=lambda text: self._show(f"  [dim]waiting for[/] {escape(text)}"))
+        self._show(f"\n[bold green]ready[/]: model [bold]{escape(model)}[/] at [bold]{self._url}/v1[/]  (Ctrl-C stops)\n")
+        example = msgspec.json.encode(example_request(path, model)).decode()
+        command = f"curl -N {self._url}{path} -H 'Content-Type: application/json' -d {shlex.quote(example)}"
+        self._console.print(command, markup=False)
+        if self._root:
+            self._show(f"\n[dim]STATOR_FILE_ROOT={escape(self._root)} stator ls   shows what is registered[/]")
+
+    def _show(self, text: str) -> None:
+        self._console.print(text)
+
+
+def _worker_arguments(options: ServeOptions) -> list[str]:
     arguments = ["worker", "--supervised"]
     for flag, value in (
         ("--model", options.model),
         ("--engine", options.engine),
         ("--name", options.name),
         ("--namespace", options.namespace),
+        ("--component", options.component),
     ):
         if value:
             arguments += [flag, value]
     for pair in options.options:
         arguments += ["--option", pair]
-    # all of us end together: nobody has to be given time to notice
-    own = {"STATOR_WORKER_GRACE_PERIOD": "0", **environment}
-    return [Child(f"worker {number + 1}", arguments, own, told) for number in range(options.workers)]
+    return arguments
 
 
-def _frontends(options: ServeOptions, port: int, environment: dict[str, str], told: _Teller) -> list[Child]:
+def _frontend_arguments(options: ServeOptions, port: int) -> list[str]:
     arguments = ["frontend", "--supervised", "--port", str(port)]
     if options.host:
         arguments += ["--host", options.host]
@@ -116,42 +179,16 @@ def _frontends(options: ServeOptions, port: int, environment: dict[str, str], to
         arguments += ["--policy", options.policy]
     if options.insecure_bind:
         arguments.append("--insecure-bind")
-    return [Child(f"frontend {number + 1}", arguments, environment, told) for number in range(options.frontends)]
+    return arguments
 
 
-async def _greet(url: str, console: Console, changes: dict[str, str | None]) -> None:
-    """Wait until a request went through, then say how to send one."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
-        model = await _first_model(session, url)
-        while not await _answers(session, url, model):
-            await asyncio.sleep(0.2)
-    body = msgspec.json.encode(
-        {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello from Stator! 👋"}]}
-    ).decode()
-    console.print(f"\n[bold green]ready[/] model [bold]{model}[/] at [bold]{url}/v1[/]  (Ctrl-C stops)\n")
-    command = f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    console.print(command, markup=False)
-    root = changes.get("STATOR_FILE_ROOT")
-    if root:
-        console.print(f"\n[dim]STATOR_FILE_ROOT={Path(root)} stator ls   shows what is registered[/]")
+def _url(config: FrontendConfig, port: int) -> str:
+    """Where somebody on this machine reaches the frontends."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host.strip("[]"), config.host.strip("[]"))
+    scheme = "https" if config.tls_cert_path else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
-    while True:
-        try:
-            async with session.get(f"{url}/v1/models") as answer:
-                models = (await answer.json())["data"]
-                if models:
-                    return str(models[0]["id"])
-        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError):
-            pass
-        await asyncio.sleep(0.1)
-
-
-async def _answers(session: aiohttp.ClientSession, url: str, model: str) -> bool:
-    body = {"model": model, "prompt": "ready?", "max_tokens": 1}
-    try:
-        async with session.post(f"{url}/v1/completions", json=body) as answer:
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError):
-        return False
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

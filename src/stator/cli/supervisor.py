@@ -2,33 +2,37 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from random import Random
 
-from stator.errors import StatorError
+from stator.cli.supervision import News, NewsKind, read_news
 from stator.tasks import Backoff, Scope
 
-__all__ = ["Child", "GaveUp", "Supervisor"]
+__all__ = ["Child", "Supervisor"]
 
 logger = logging.getLogger(__name__)
 
 _GIVE_UP_AFTER = 3
-"""starts in a row that end before the child was ready, when it never was"""
+"""starts in a row that end without a word before the child was ever ready"""
 _STABLE_AFTER = 10.0
 """seconds of life after which the backoff starts over"""
-
-
-class GaveUp(StatorError):
-    """A child cannot be started."""
+_LAST_WORDS = 1.0
+"""seconds that what a dead child has written may take to arrive"""
 
 
 class Child:
-    """One supervised process: `python -m stator …`. `told` gets its progress lines."""
+    """One supervised process: `python -m stator …`, leader of a session of its own. `told` gets what there is to show."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], environment: dict[str, str], told: Callable[[str, str], None]
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        told: Callable[[str, News], None],
     ) -> None:
         self.name = name
         self._arguments = tuple(arguments)
@@ -36,37 +40,45 @@ class Child:
         self._told = told
         self._process: asyncio.subprocess.Process | None = None
         self._was_ready = False
-        self.restarts = 0
+        self._failure = ""
 
     @property
     def pid(self) -> int | None:
         """The process id; None while it is not running."""
         return None if self._process is None else self._process.pid
 
-    async def keep_alive(self, backoff: Backoff, random: Random, ending: asyncio.Event) -> None:
-        """Run it again and again until `ending`. Raises `GaveUp` if it never became ready."""
+    async def keep_alive(self, backoff: Backoff, random: Random, ending: asyncio.Event) -> str:
+        """Run it again and again until `ending` ("" is returned), or until it is clear that it never starts (the reason).
+
+        Cancelled: it was killed.
+        """
+        loop = asyncio.get_running_loop()
         failures = 0
-        while not ending.is_set():
-            began = asyncio.get_running_loop().time()
+        while True:
+            began = loop.time()
             status = await self._run_once()
             if ending.is_set():
-                return
-            if asyncio.get_running_loop().time() - began > _STABLE_AFTER:
+                return ""
+            if loop.time() - began > _STABLE_AFTER:
                 failures = 0
             failures += 1
-            if not self._was_ready and failures >= _GIVE_UP_AFTER:
-                raise GaveUp(f"{self.name} ended {failures} times before it was ready (last {_reason(status)})")
+            if not self._was_ready:
+                if self._failure:
+                    return f"{self.name} cannot start: {self._failure}"
+                if failures >= _GIVE_UP_AFTER:
+                    return f"{self.name} ended {failures} times before it was ready, the last time with {_words(status)}"
             delay = backoff.delay(failures - 1, random)
-            self.restarts += 1
-            self._told(self.name, f"died ({_reason(status)}); starting again in {delay:.1f} s")
-            try:
+            reason = self._failure or _words(status)
+            self._say(f"died ({reason}); starting again in {delay:.1f} s")
+            with suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await ending.wait()
-            except TimeoutError:
-                continue
+                    return ""
 
     async def _run_once(self) -> int:
-        process = await asyncio.create_subprocess_exec(
+        """Start it and wait for its end. Nothing of it is left afterwards, nor of what it started itself."""
+        self._failure = ""
+        process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "stator",
@@ -76,24 +88,40 @@ class Child:
             env=self._environment,
             start_new_session=True,
         )
-        self._process = process
         try:
-            assert process.stdout is not None
-            async for line in process.stdout:
-                text = line.decode(errors="replace").strip()
-                self._was_ready = self._was_ready or text == "ready" or text.startswith("listening")
-                self._told(self.name, text)
-            return await process.wait()
+            async with Scope(self.name, close_timeout=_LAST_WORDS) as scope:
+                assert process.stdout is not None
+                listening = scope.spawn(self._listen(process.stdout), name="news")
+                status = await process.wait()
+                await asyncio.wait((listening,), timeout=_LAST_WORDS)
+            return status
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            _kill_group(process.pid)
+            await process.wait()
             self._process = None
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal if it is running."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(number)
+    async def _listen(self, stream: asyncio.StreamReader) -> None:
+        async for news in read_news(stream):
+            if news.kind is NewsKind.FAILED:
+                self._failure = news.text  # shown when the process has ended, with what happens next
+                continue
+            if news.kind is NewsKind.READY:
+                self._was_ready = True
+            self._told(self.name, news)
+
+    def _say(self, text: str) -> None:
+        self._told(self.name, News(kind=NewsKind.PROGRESS, text=text))
+
+    def terminate(self) -> None:
+        """Ask it to end, if it is running."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.terminate()
+
+    def kill(self) -> None:
+        """End it, and what it started itself."""
+        if self._process is not None:
+            _kill_group(self._process.pid)
 
 
 class Supervisor:
@@ -104,23 +132,28 @@ class Supervisor:
         self._backoff = backoff or Backoff(first=0.5, most=15.0)
         self._ending = asyncio.Event()
         self._running: dict[Child, asyncio.Task[None]] = {}
+        self._given_up: asyncio.Queue[str] = asyncio.Queue(maxsize=1)
 
-    async def watch(self, children: Sequence[Child], scope: Scope) -> None:
-        """Keep all alive; raises `GaveUp` as soon as one cannot be started. Returns after `end`."""
+    def start(self, children: Sequence[Child], scope: Scope) -> None:
+        """Keep all alive from now on, in `scope`."""
         for child in children:
-            work = child.keep_alive(self._backoff, self._random, self._ending)
-            self._running[child] = scope.spawn(work, name=child.name)
-        done, _ = await asyncio.wait(self._running.values(), return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            if not task.cancelled() and isinstance(error := task.exception(), StatorError):
-                raise error
+            self._running[child] = scope.spawn(self._keep_alive(child), name=child.name)
 
-    async def end(self, children: Sequence[Child], timeout: float) -> None:
+    async def _keep_alive(self, child: Child) -> None:
+        reason = await child.keep_alive(self._backoff, self._random, self._ending)
+        if reason and not self._given_up.full():
+            self._given_up.put_nowait(reason)
+
+    async def gave_up(self) -> str:
+        """Wait until one of them cannot be started; why."""
+        return await self._given_up.get()
+
+    async def end(self, children: Sequence[Child], *, timeout: float) -> None:
         """SIGTERM, then SIGKILL after `timeout` seconds. Nothing is started again from now on."""
         self._ending.set()
         tasks = {self._running[child] for child in children if child in self._running}
         for child in children:
-            child.signal(signal.SIGTERM)
+            child.terminate()
         if not tasks:
             return
         _, left = await asyncio.wait(tasks, timeout=timeout)
@@ -128,9 +161,14 @@ class Supervisor:
             for child in children:
                 if child.pid is not None:
                     logger.warning("%s did not end within %s s; killing it", child.name, timeout)
-                    child.signal(signal.SIGKILL)
+                    child.kill()
             await asyncio.wait(left)
 
 
-def _reason(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _words(status: int) -> str:
+    return f"signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"exit status {status}"

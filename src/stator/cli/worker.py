@@ -1,17 +1,28 @@
 """`stator worker`: an engine, a runtime, and the life cycle that joins them."""
 
 import asyncio
+import logging
+import os
 from collections.abc import Mapping
 
 from stator import settings
-from stator.cli.supervision import ended_with_supervisor, progress_line
+from stator.cli.supervision import NewsKind, ended_with_supervisor, tell
 from stator.engines.registry import create_engine
-from stator.errors import UsageError
+from stator.errors import StatorError, UsageError
 from stator.runtime import Runtime
 from stator.tasks import Scope
-from stator.worker import Worker, WorkerConfig
+from stator.worker import EXIT_DEADLINE, Worker, WorkerConfig
 
-__all__ = ["engine_name", "run_worker"]
+__all__ = ["StartFailed", "engine_name", "run_worker", "worker_config"]
+
+logger = logging.getLogger(__name__)
+
+_START_LIMIT = 2.0
+"""seconds a starting engine gets after a signal"""
+
+
+class StartFailed(StatorError):
+    """The engine could not start, or the endpoint could not be served; the message says why."""
 
 
 def engine_name(engine: str, model: str) -> str:
@@ -30,20 +41,68 @@ def engine_options(model: str, options: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def worker_config(place: Mapping[str, str | None]) -> WorkerConfig:
+    """The settings with what the command line said."""
+    return settings.load(WorkerConfig, {key: value for key, value in place.items() if value is not None})
+
+
 async def run_worker(
     *, model: str, engine: str, options: tuple[str, ...], place: Mapping[str, str | None], supervised: bool
 ) -> int:
-    """Live until a signal, or until the supervisor is gone. Returns the exit status."""
-    config = settings.load(WorkerConfig, {key: value for key, value in place.items() if value is not None})
-    chosen = await asyncio.to_thread(create_engine, engine_name(engine, model), engine_options(model, options))
+    """Live until a signal, or until the supervisor is gone. Returns the exit status; raises why it cannot start."""
+    config = await asyncio.to_thread(worker_config, place)
     async with Runtime.connect() as runtime, Scope("worker process") as scope:
-        worker = Worker(chosen, runtime, config=config, progress=progress_line if supervised else None)
-
-        async def end_on_shutdown() -> None:
-            await runtime.wait_for_shutdown()
-            worker.shutdown()
-
-        scope.spawn(end_on_shutdown(), name="shutdown")
+        process = _Process(runtime, supervised=supervised)
+        scope.spawn(process.end_on_shutdown(), name="shutdown")
         if supervised:
             scope.spawn(ended_with_supervisor(runtime.shutdown), name="supervisor")
-        return await worker.run()
+        chosen = await asyncio.to_thread(create_engine, engine_name(engine, model), engine_options(model, options))
+        return await process.run(Worker(chosen, runtime, config=config, progress=process.progress, failed=process.failed))
+
+
+class _Process:
+    """One worker's life as a process: its news, its exit status, and its end while the engine is still starting."""
+
+    def __init__(self, runtime: Runtime, *, supervised: bool) -> None:
+        self._runtime = runtime
+        self._supervised = supervised
+        self._worker: Worker | None = None
+        self._failure = ""
+        self._ending = False
+
+    def progress(self, text: str) -> None:
+        """What the start is waiting for, and "ready"."""
+        if not self._supervised:
+            logger.info("%s", text)
+        elif text == "ready" and self._worker is not None:
+            tell(NewsKind.READY, self._worker.served_name)
+        else:
+            tell(NewsKind.PROGRESS, text)
+
+    def failed(self, reason: str) -> None:
+        """Why the start failed."""
+        self._failure = reason
+
+    async def run(self, worker: Worker) -> int:
+        """The worker's life; its exit status."""
+        self._worker = worker
+        if self._ending:
+            worker.shutdown()
+        status = await worker.run()
+        if self._failure:
+            raise StartFailed(self._failure)
+        return status
+
+    async def end_on_shutdown(self) -> None:
+        """Hand a signal to the worker. An engine still starting gets a moment, then the process ends without it:
+
+        nothing is registered yet, nobody is served, and a thread that loads a model cannot be stopped.
+        """
+        await self._runtime.wait_for_shutdown()
+        self._ending = True
+        if self._worker is not None:
+            self._worker.shutdown()
+        await asyncio.sleep(_START_LIMIT)
+        if self._worker is None or self._worker.engine_config is None:
+            logger.warning("the engine is still starting; ending without it")
+            os._exit(EXIT_DEADLINE)

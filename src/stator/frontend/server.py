@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 1024
 
 
-def bind(config: FrontendConfig) -> socket.socket:
-    """A socket bound to the configured address, not yet listening; `ConfigError` when that is impossible.
+def bind(config: FrontendConfig, *, shared: bool = False) -> socket.socket:
+    """A socket bound to the configured address, not yet listening; `ConfigError` when that is impossible, or somebody listens.
 
-    With SO_REUSEPORT, so that several frontend processes share the port: bind once with port 0 to find a free one, hold the
-    socket, and give the real port to the others.
+    `shared`: others who say so too may have the port as well (SO_REUSEPORT), and each gets a part of the connections: bind once
+    with port 0 to find a free one, hold the socket, and give the real port to several frontend processes.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -38,7 +38,7 @@ def bind(config: FrontendConfig) -> socket.socket:
         raise ConfigError(f"cannot listen on host {config.host!r}: {error}") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "SO_REUSEPORT"):
+        if shared and hasattr(socket, "SO_REUSEPORT"):
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.setblocking(False)
         bound.bind(address)

@@ -1,25 +1,26 @@
 """Which models can be served now: the one watcher of model cards joined with live instances (`spec/50 §15`).
 
-A model is there while at least one live instance has published a card of its name. Cards of one endpoint must agree (same
-checksum); one that does not is reported and ignored. A model served by several endpoints spreads its requests over them by the number of
-their instances.
+A model is there while at least one live instance has published a card of its name. The instances of one endpoint must agree on the
+card (same checksum): those that came later with another one are reported and get no requests until the others are gone. A
+model served by several endpoints spreads its requests over them by the number of their instances; where endpoints differ in the card,
+each request is prepared for the endpoint it goes to.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from stator.clock import Clock
-from stator.errors import StatorError, Unavailable
+from stator.errors import StatorError
 from stator.llm.card import ModelCard, ModelType, card_from_json, mdcsum
-from stator.llm.output import EngineOutput
+from stator.llm.deployment import DeployedEngine, Deployment, turns
 from stator.llm.preprocess import Preprocessor
-from stator.llm.request import PreprocessedRequest
-from stator.llm.served import ServedModel, TokenStream
+from stator.llm.served import ServedModel
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import EndpointRecord, ModelRecord, Query, RecordKey
-from stator.runtime.client import Client
 from stator.runtime.runtime import Runtime
 from stator.tasks import Scope
 
@@ -27,52 +28,24 @@ __all__ = ["ModelDirectory"]
 
 logger = logging.getLogger(__name__)
 
-MakeClient = Callable[[EndpointId], Client]
+_REFUSALS = 10_000
+"""reasons remembered, so that each is reported once"""
+
+Place = tuple[EndpointId, str]
+"""an endpoint and the name of a model it serves"""
 
 
-class _Deployment:
-    """One endpoint that serves a model: its card, its checksum, and the instances that agree with it."""
+class _Card(msgspec.Struct, frozen=True, kw_only=True):
+    """A record that was read and may be served."""
 
-    def __init__(self, endpoint: EndpointId, card: ModelCard, checksum: str, client: Client) -> None:
-        self.endpoint = endpoint
-        self.card = card
-        self.checksum = checksum
-        self.client = client
-        self.instances: tuple[int, ...] = ()
+    key: RecordKey
+    record: ModelRecord
+    card: ModelCard
+    checksum: str
 
-
-class _Engine:
-    """`TokenEngine` over the deployments of one model."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._turn = 0
-        self.deployments: list[_Deployment] = []
-
-    def instances(self) -> list[int]:
-        return sorted({instance for deployment in self.deployments for instance in deployment.instances})
-
-    def generate(
-        self, request: PreprocessedRequest, *, request_id: str, metadata: dict[str, str], headers: dict[str, str]
-    ) -> TokenStream:
-        client = self._client()
-        return client.generate(request, id=request_id, metadata=metadata, headers=headers)
-
-    def _client(self) -> Client:
-        """Endpoints in turn, each as often as it has instances."""
-        deployments = self.deployments
-        if len(deployments) == 1:
-            return deployments[0].client
-        total = sum(len(deployment.instances) for deployment in deployments)
-        if not total:
-            raise Unavailable(f"no workers available for model {self._name!r}")
-        self._turn = (self._turn + 1) % total
-        turn = self._turn
-        for deployment in deployments:
-            turn -= len(deployment.instances)
-            if turn < 0:
-                return deployment.client
-        return deployments[-1].client
+    @property
+    def place(self) -> Place:
+        return self.record.endpoint_id, self.card.display_name
 
 
 class ModelDirectory:
@@ -82,11 +55,13 @@ class ModelDirectory:
         self._runtime = runtime
         self._clock = clock
         self._policy = policy
-        self._models: dict[str, ServedModel] = {}
-        self._engines: dict[str, _Engine] = {}
-        self._deployments: dict[tuple[EndpointId, str], _Deployment] = {}
+        self._models: dict[str, list[ServedModel]] = {}
+        """by name; one entry per checksum"""
+        self._turn = 0
+        self._deployments: dict[Place, Deployment] = {}
         self._preprocessors: dict[str, Preprocessor] = {}
-        self._cards: dict[RecordKey, ModelRecord] = {}
+        self._records: dict[RecordKey, ModelRecord] = {}
+        self._read: dict[RecordKey, tuple[ModelRecord, _Card | None]] = {}
         self._alive: set[tuple[EndpointId, int]] = set()
         self._refused: set[tuple[RecordKey, str]] = set()
         self._synced = asyncio.Event()
@@ -97,7 +72,11 @@ class ModelDirectory:
     async def follow(
         cls, runtime: Runtime, *, clock: Clock, policy: str | None = None
     ) -> "AsyncGenerator[ModelDirectory, None]":
-        """A directory that keeps up with discovery inside the block. On entry the models known so far are loaded (at most 10 s)."""
+        """A directory that keeps up with discovery inside the block. On entry the models known so far are loaded (at most 10 s).
+
+        Raises `UsageError` for an unknown policy.
+        """
+        await asyncio.to_thread(runtime.policy, policy)
         directory = cls(runtime, clock, policy)
         async with Scope("model directory") as scope:
             scope.spawn(directory._follow_cards(), name="model cards")
@@ -113,17 +92,25 @@ class ModelDirectory:
     # -- ModelSource
 
     def get(self, name: str) -> ServedModel | None:
-        return self._models.get(name)
+        """The model for one request: where its endpoints differ, each in turn, as often as it has instances."""
+        served = self._models.get(name)
+        if served is None:
+            return None
+        if len(served) == 1:
+            return served[0]
+        self._turn += 1
+        return served[turns([len(each.instances()) for each in served], self._turn)]
 
     def models(self) -> list[ServedModel]:
-        return [self._models[name] for name in sorted(self._models)]
+        """One entry per name; its `instances` are those of all endpoints."""
+        return [_together(self._models[name]) for name in sorted(self._models)]
 
     # -- following discovery
 
     async def _follow_cards(self) -> None:
         async with self._runtime.discovery.watch(Query(ModelRecord.bucket)) as watch:
             async for _ in watch:
-                self._cards = {key: record for key, record in watch.current.items() if isinstance(record, ModelRecord)}
+                self._records = {key: record for key, record in watch.current.items() if isinstance(record, ModelRecord)}
                 self._news.set()
 
     async def _follow_instances(self) -> None:
@@ -140,88 +127,136 @@ class ModelDirectory:
         while True:
             await self._news.wait()
             self._news.clear()
-            await self._rebuild()
+            try:
+                await self._rebuild()
+            except StatorError as error:
+                logger.error("the models could not be brought up to date: %s", error)
             self._synced.set()
 
     async def _rebuild(self) -> None:
         """Make `models` say what is true now. Loading a tokenizer happens in a thread; the old state stays valid meanwhile."""
-        found: dict[tuple[EndpointId, str], list[int]] = {}
-        for key, record in self._cards.items():
-            endpoint = record.endpoint_id
-            if (endpoint, record.instance_id) not in self._alive:
-                continue
-            deployment = await self._deployment(key, record)
+        cards: dict[Place, list[_Card]] = {}
+        for card in self._living():
+            cards.setdefault(card.place, []).append(card)
+        deployments: dict[Place, Deployment] = {}
+        for place, candidates in cards.items():
+            deployment = await self._deployment(place, candidates)
             if deployment is not None:
-                found.setdefault((endpoint, deployment.card.display_name), []).append(record.instance_id)
-        for place in self._deployments.keys() - found.keys():
-            del self._deployments[place]
-        for place, instances in found.items():
-            self._deployments[place].instances = tuple(instances)
+                deployments[place] = deployment
+        self._deployments = deployments
         self._publish()
 
-    async def _deployment(self, key: RecordKey, record: ModelRecord) -> _Deployment | None:
-        """Where this card belongs; None if it cannot be served."""
+    def _living(self) -> Iterable[_Card]:
+        """The readable cards of living instances, in the order of their keys."""
+        read: dict[RecordKey, tuple[ModelRecord, _Card | None]] = {}
+        for key, record in self._records.items():
+            known = self._read.get(key)
+            found = known if known is not None and known[0] is record else (record, self._card(key, record))
+            read[key] = found
+        self._read = read
+        return [
+            card
+            for record, card in read.values()
+            if card is not None and (record.endpoint_id, record.instance_id) in self._alive
+        ]
+
+    def _card(self, key: RecordKey, record: ModelRecord) -> _Card | None:
         try:
             card = card_from_json(record.card_json)
         except StatorError as error:
             return self._refuse(key, f"its card cannot be read: {error}")
         if not card.model_types & {ModelType.CHAT, ModelType.COMPLETIONS}:
             return self._refuse(key, f"its type {card.model_type!r} is neither chat nor completions")
-        checksum = mdcsum(card)
-        place = (record.endpoint_id, card.display_name)
-        deployment = self._deployments.get(place)
-        if deployment is not None:
-            if deployment.checksum == checksum:
-                return deployment
-            return self._refuse(key, "its card differs from the one its endpoint serves; drain the old workers first")
+        return _Card(key=key, record=record, card=card, checksum=mdcsum(card))
+
+    async def _deployment(self, place: Place, cards: list[_Card]) -> Deployment | None:
+        """The deployment at `place`: with the card it had while one instance still has it, else with that of most instances."""
+        by_checksum: dict[str, list[_Card]] = {}
+        for card in cards:
+            by_checksum.setdefault(card.checksum, []).append(card)
+        present = self._deployments.get(place)
+        if present is None or present.checksum not in by_checksum:
+            present = await self._open(max(by_checksum.values(), key=len))
+        if present is None:
+            return None
+        agreeing = by_checksum.pop(present.checksum)
+        others = [card for group in by_checksum.values() for card in group]
+        present.instances = tuple(sorted(card.record.instance_id for card in agreeing))
+        present.refused.clear()
+        present.refused.update(card.record.instance_id for card in others)
+        for card in others:
+            self._refuse(card.key, "its card differs from the one its endpoint serves; drain the old workers first")
+        return present
+
+    async def _open(self, cards: list[_Card]) -> Deployment | None:
+        """A deployment with the card of `cards`, which are equal; None if it cannot be served."""
+        first = cards[0]
+        if not await self._load(first.checksum, first):
+            return None
+        return await Deployment.open(self._runtime, first.record.endpoint_id, first.card, first.checksum, policy=self._policy)
+
+    async def _load(self, checksum: str, card: _Card) -> bool:
         if checksum not in self._preprocessors:
             try:
-                preprocessor = await asyncio.to_thread(Preprocessor.from_card, card, clock=self._clock)
+                preprocessor = await asyncio.to_thread(Preprocessor.from_card, card.card, clock=self._clock)
             except StatorError as error:
-                return self._refuse(key, error.message)
+                self._refuse(card.key, error.message)
+                return False
             except Exception as error:
-                logger.debug("loading %s failed", card.display_name, exc_info=error)
-                return self._refuse(key, f"its files cannot be loaded: {error}")
+                logger.debug("loading %s failed", card.card.display_name, exc_info=error)
+                self._refuse(card.key, f"its files cannot be loaded: {error}")
+                return False
             self._preprocessors[checksum] = preprocessor
-        client = await self._runtime.endpoint(str(record.endpoint_id)).client(self._policy, item_type=EngineOutput)
-        deployment = self._deployments[place] = _Deployment(record.endpoint_id, card, checksum, client)
-        return deployment
+        return True
 
     def _refuse(self, key: RecordKey, reason: str) -> None:
         if (key, reason) not in self._refused:
-            if len(self._refused) > 10_000:
+            if len(self._refused) > _REFUSALS:
                 self._refused.clear()
             self._refused.add((key, reason))
             logger.error("model of instance %x on %s is not served: %s", key.id, ".".join(key.segments), reason)
 
+    # -- what is served
+
     def _publish(self) -> None:
-        by_name: dict[str, list[_Deployment]] = {}
-        for deployment in self._deployments.values():
-            by_name.setdefault(deployment.card.display_name, []).append(deployment)
-        for name in self._models.keys() - by_name.keys():
+        groups: dict[str, dict[str, list[Deployment]]] = {}
+        for (_, name), deployment in self._deployments.items():
+            groups.setdefault(name, {}).setdefault(deployment.checksum, []).append(deployment)
+        for name in self._models.keys() - groups.keys():
             logger.info("model %s is gone", name)
-            del self._models[name], self._engines[name]
-        for name, deployments in by_name.items():
-            engine = self._engines.get(name)
-            if engine is None:
-                engine = self._engines[name] = _Engine(name)
-            engine.deployments = deployments
-            first = deployments[0]
-            known = self._models.get(name)
-            if known is None or known.card is not first.card:
-                logger.info("model %s is served by %s", name, first.endpoint)
-                self._models[name] = ServedModel(
-                    name=name,
-                    card=first.card,
-                    preprocessor=self._preprocessors[first.checksum],
-                    engine=engine,
-                    created=known.created if known is not None else self._clock.wall(),
-                    instances=_instances_of(engine),
-                )
+        for name in groups.keys() - self._models.keys():
+            places = sorted(str(each.endpoint) for group in groups[name].values() for each in group)
+            logger.info("model %s is served by %s", name, ", ".join(places))
+        self._models = {
+            name: [self._served(name, checksum, group) for checksum, group in by_checksum.items()]
+            for name, by_checksum in groups.items()
+        }
         used = {deployment.checksum for deployment in self._deployments.values()}
         for checksum in self._preprocessors.keys() - used:
             del self._preprocessors[checksum]
 
+    def _served(self, name: str, checksum: str, deployments: list[Deployment]) -> ServedModel:
+        """The entry it had before, if there was one, with the deployments of now."""
+        known = self._models.get(name, ())
+        for served in known:
+            if served.preprocessor is self._preprocessors[checksum] and isinstance(served.engine, DeployedEngine):
+                served.engine.deployments = deployments
+                return served
+        engine = DeployedEngine(name)
+        engine.deployments = deployments
+        return ServedModel(
+            name=name,
+            card=deployments[0].card,
+            preprocessor=self._preprocessors[checksum],
+            engine=engine,
+            created=min((served.created for served in known), default=self._clock.wall()),
+            instances=engine.instances,
+        )
 
-def _instances_of(engine: _Engine) -> Callable[[], Sequence[int]]:
-    return engine.instances
+
+def _together(served: list[ServedModel]) -> ServedModel:
+    if len(served) == 1:
+        return served[0]
+    return msgspec.structs.replace(
+        served[0], instances=lambda: sorted({instance for each in served for instance in each.instances()})
+    )

@@ -9,14 +9,14 @@ from stator import settings
 from stator.errors import UsageError
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import EndpointRecord, Query
-from stator.routing import Policy, policy_name
+from stator.routing import Policy, RoutingConfig, policy_name
 from stator.runtime.client import Client
 from stator.runtime.engine import Engine, Handler, generate_function
 from stator.runtime.plugins import load_plugin, plugin_names
 from stator.runtime.served import ServedEndpoint
 from stator.runtime.services import Services
 
-__all__ = ["Component", "Endpoint", "Namespace"]
+__all__ = ["Component", "Endpoint", "Namespace", "make_policy"]
 
 
 class Namespace:
@@ -112,7 +112,7 @@ class Endpoint:
         `policy` is a name (`round_robin`, `random`, `power_of_two`, `least_loaded`, `device_weighted`, `direct`, or a plug-in's) or an
         object; default: the setting. Items are decoded as `item_type`, any type msgspec can decode.
         """
-        client = Client(self._services, self.id, self._policy(policy), item_type=item_type)
+        client = Client(self._services, self.id, make_policy(policy, self._services.routing), item_type=item_type)
         try:
             async with asyncio.timeout(5.0):
                 await self._services.view(self.id).synced.wait()
@@ -120,10 +120,11 @@ class Endpoint:
             pass
         return client
 
-    def _policy(self, policy: str | Policy | None) -> Policy:
-        if policy is not None and not isinstance(policy, str):
-            return policy
-        routing = self._services.routing
-        name = policy_name(policy or routing.policy, plugin_names("stator.routing"))
-        make = load_plugin("stator.routing", name)
-        return make(ratio=routing.device_ratio) if name == "device_weighted" else make()
+
+def make_policy(policy: str | Policy | None, routing: RoutingConfig) -> Policy:
+    """A policy by name (default: the setting), or the object itself. Raises `UsageError` for an unknown name."""
+    if policy is not None and not isinstance(policy, str):
+        return policy
+    name = policy_name(policy or routing.policy, plugin_names("stator.routing"))
+    make = load_plugin("stator.routing", name)
+    return make(ratio=routing.device_ratio) if name == "device_weighted" else make()

@@ -5,23 +5,22 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random, SystemRandom
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from stator import settings
 from stator.clock import Clock
-from stator.config import Config
 from stator.discovery.interface import Discovery
 from stator.discovery.memory import MemoryDiscovery, MemoryStore
 from stator.errors import ConfigError
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import ModelRecord
-from stator.routing import RoutingConfig
-from stator.runtime.component import Component, Endpoint, Namespace
+from stator.routing import Policy, RoutingConfig
+from stator.runtime.component import Component, Endpoint, Namespace, make_policy
 from stator.runtime.config import RuntimeConfig
 from stator.runtime.engine import Generate
 from stator.runtime.host import advertised_host, raise_file_limit, socket_directory
 from stator.runtime.network import Network, PlaneChoice, choose_planes
-from stator.runtime.plugins import load_plugin
+from stator.runtime.plugins import check_settings, config_type, load_plugin
 from stator.runtime.served import ServedEndpoint
 from stator.runtime.services import RequestIds, Services, ViewsObserver
 from stator.runtime.signals import shutdown_event
@@ -66,8 +65,7 @@ class Runtime:
             own["discovery"] = discovery
         if isinstance(plane, str):
             own["plane"] = plane
-        settings.check_names()
-        config = settings.load(RuntimeConfig, own)
+        config, routing = await asyncio.to_thread(_settings, own, sections)
         clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
         raise_file_limit()
         async with AsyncExitStack() as stack:
@@ -93,7 +91,7 @@ class Runtime:
             scope = await stack.enter_async_context(Scope("runtime"))
             services = Services(
                 config=config,
-                routing=settings.load(RoutingConfig, _of_section("routing", sections)),
+                routing=routing,
                 discovery=found,
                 network=network,
                 wheel=wheel,
@@ -127,6 +125,10 @@ class Runtime:
         """The endpoint at `namespace.component.endpoint`, with or without `dyn://`. Raises `UsageError` for anything else."""
         id = EndpointId.parse(path)
         return self.namespace(id.namespace).component(id.component).endpoint(id.name)
+
+    def policy(self, name: str | None = None) -> Policy:
+        """A new routing policy, for a client of its own; default: the setting. Raises `UsageError` for an unknown name."""
+        return make_policy(name, self._services.routing)
 
     # -- this process
 
@@ -168,6 +170,12 @@ class Runtime:
         await self._services.discovery.unregister(record.key)
 
 
+def _settings(own: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[RuntimeConfig, RoutingConfig]:
+    """Reads the disk: the settings file, and what is installed."""
+    check_settings()
+    return settings.load(RuntimeConfig, own), settings.load(RoutingConfig, _of_section("routing", sections))
+
+
 def _planes(plane: str | MemoryNetwork | None, config: RuntimeConfig) -> PlaneChoice:
     if isinstance(plane, MemoryNetwork) or config.plane == "memory":
         network = plane if isinstance(plane, MemoryNetwork) else MemoryNetwork()
@@ -183,8 +191,8 @@ async def _open_discovery(
         opened: Any = MemoryDiscovery(given, clock=clock, random=random)
     else:
         factory = load_plugin("stator.discovery", config.discovery)
-        kind = next(iter(get_type_hints(factory).values()), None)
-        if not (isinstance(kind, type) and issubclass(kind, Config)):
+        kind = config_type(factory)
+        if kind is None:
             raise ConfigError(f"discovery plug-in {config.discovery!r} does not say which settings it takes")
         own = await asyncio.to_thread(settings.load, kind, _of_section(kind.section, sections))
         opened = factory(own, clock=clock, random=random)

@@ -11,6 +11,9 @@ __all__ = ["new_event_loop", "run", "shutdown_event"]
 
 logger = logging.getLogger(__name__)
 
+_SAME_SIGNAL = 0.3
+"""seconds in which a second signal is the first one again: a terminal and a parent often both send it"""
+
 T = TypeVar("T")
 _shutdown: ContextVar[asyncio.Event | None] = ContextVar("stator_shutdown", default=None)
 
@@ -32,7 +35,7 @@ def new_event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a program: choose the fastest event loop, and make SIGTERM and SIGINT a graceful shutdown of every runtime in it.
 
-    At the first signal each `serve` drains and returns; the second one cancels `main`. Returns what `main` returns.
+    At the first signal each `serve` drains and returns; a second one, a moment later, cancels `main`. Returns what `main` returns.
     """
     with asyncio.Runner(loop_factory=new_event_loop()) as runner:
         return runner.run(_supervised(main))
@@ -44,13 +47,19 @@ async def _supervised(main: Coroutine[Any, Any, T]) -> T:
     _shutdown.set(event)
     current = asyncio.current_task()
 
+    began = 0.0
+
     def on_signal(number: signal.Signals) -> None:
+        nonlocal began
         if event.is_set():
+            if loop.time() - began < _SAME_SIGNAL:
+                return
             logger.warning("second %s: stopping at once", number.name)
             if current is not None:
                 current.cancel()
         else:
             logger.info("%s: shutting down", number.name)
+            began = loop.time()
             event.set()
 
     numbers = (signal.SIGTERM, signal.SIGINT)

@@ -95,12 +95,17 @@ class Worker:
         *,
         config: WorkerConfig | None = None,
         progress: Callable[[str], None] | None = None,
+        failed: Callable[[str], None] | None = None,
     ) -> None:
-        """`progress` is told in a few words what a start is waiting for, and "ready" at its end."""
+        """`progress` is told in a few words what a start is waiting for, and "ready" at its end; `failed` why a start failed.
+
+        Both are logged where nobody is given.
+        """
         self._engine = engine
         self._host = host
         self._config = config or WorkerConfig()
         self._progress = progress or _log_progress
+        self._failed = failed or _log_failure
         self._ending = asyncio.Event()
         self._hurry = asyncio.Event()
         self._ready = asyncio.Event()
@@ -113,6 +118,11 @@ class Worker:
     def engine_config(self) -> EngineConfig | None:
         """What the engine said of itself; None before it has started."""
         return self._engine_config
+
+    @property
+    def served_name(self) -> str:
+        """The name clients ask for; "" before the engine has started."""
+        return "" if self._record is None else self._record.card_json["display_name"]
 
     @property
     def is_ready(self) -> bool:
@@ -144,7 +154,7 @@ class Worker:
     async def run(self) -> int:
         """Live until `shutdown`. Returns the exit status of the process: one of the `EXIT_…` constants.
 
-        A start that fails is one logged line and `EXIT_FAILED`; nothing stays registered. Cancelling it runs the same
+        A start that fails is one line to `failed` and `EXIT_FAILED`; nothing stays registered. Cancelling it runs the same
         clean-up, hurried.
         """
         if self._ending.is_set():
@@ -171,7 +181,7 @@ class Worker:
         self._served = await self._host.serve(self._config.endpoint_id, self.generate)
         await self._host.publish(record)
         self._ready.set()
-        logger.info("serving %s on %s", record.card_json["display_name"], self._config.endpoint_id)
+        logger.info("serving %s on %s", self.served_name, self._config.endpoint_id)
         self._progress("ready")
         await self._ending.wait()
 
@@ -204,7 +214,7 @@ class Worker:
 
     def _say_why(self, error: Exception) -> None:
         reason = error.message if isinstance(error, StatorError) else f"{type(error).__name__}: {error}"
-        logger.error("worker cannot start: %s", " ".join(reason.split()))
+        self._failed(" ".join(reason.split()))
         logger.debug("start failed", exc_info=error)
 
     async def _leave(self, served: ServedEndpoint) -> None:
@@ -267,6 +277,10 @@ class Worker:
 
 def _log_progress(text: str) -> None:
     logger.info("%s", text)
+
+
+def _log_failure(reason: str) -> None:
+    logger.error("worker cannot start: %s", reason)
 
 
 async def _fail(error: StatorError) -> AsyncIterator[EngineOutput]:
