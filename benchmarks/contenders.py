@@ -43,9 +43,10 @@ Its worker runs 10 000 requests at once unless told otherwise, and the question 
 STATOR_ENVIRONMENT = {
     "STATOR_DISCOVERY": "file",
     "STATOR_FILE_ROOT": "{directory}/discovery",
+    "DYN_TCP_WORKER_POOL_SIZE": "20000",
     "XDG_RUNTIME_DIR": "{directory}",
 }
-"""Stator with discovery and sockets in the session's own directory."""
+"""Stator with discovery and sockets in the session's own directory, and as many slots as the reference gets."""
 
 
 class Contender(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ _ROWS = (
     Row(name="client", title="client", metric="client_kb", unit="KB per stream", digits=1, beside=("opened_per_s",)),
 )
 _METHOD = (
-    "Two processes each on loopback. The client opens the streams in batches of 500, one task reading each; every stream "
+    "Two processes each on loopback. The client opens the streams in batches of 100, one task reading each; every stream "
     "brings one item and then nothing.",
     "Resident memory of each process is read after a warm-up of 100 streams and again when the handler of every stream runs, "
     "each time after a garbage collection; no allocation tracing is on. Memory of the kernel (sockets) is not in it.",

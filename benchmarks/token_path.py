@@ -238,7 +238,13 @@ def _native_pair() -> tuple[Any, Any, Any, Any]:
 
     def nothing() -> None: ...
 
-    shared: dict[str, Any] = {"limits": LivenessLimits(), "now": 0.0, "wake": nothing, "greeted": nothing}
+    shared: dict[str, Any] = {
+        "limits": LivenessLimits(),
+        "now": 0.0,
+        "wake": nothing,
+        "hurry": nothing,
+        "greeted": nothing,
+    }
     worker = ServerSession(
         hello=Hello(process="0" * 32, role="worker"), budget=ByteBudget(), lookup=lambda path: sink, **shared
     )
