@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ConfigError, ConnectFailed, StatorError, Timeout
+from stator.errors import ConfigError, ConnectFailed, StatorError, Timeout, UsageError
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.transports.inbox import Inbox
@@ -40,24 +40,31 @@ class Network:
         self._clients: dict[str, PlaneClient] = {}
         self._avoided: dict[tuple[str, int], float] = {}
         self._known: dict[int, tuple[EndpointRecord, PlaneClient]] = {}
-        self._connecting = asyncio.Lock()
+        self._opening = asyncio.Lock()
+        self._warned: set[int] = set()
+        self._closed = False
         self.fallbacks: dict[str, int] = {}
 
     # -- the worker's side
 
     async def listen(self) -> Mapping[str, PlaneServer]:
         """The servers, by plane name; opened at the first call. Nothing is left open if one of them cannot."""
-        if self._servers is None:
-            servers: dict[str, PlaneServer] = {}
-            try:
-                for plane in self._choice.planes:
-                    servers[plane.name] = await plane.listen(self._host)
-            except BaseException:
-                for server in servers.values():
-                    await server.aclose()
-                raise
-            self._servers = servers
-        return self._servers
+        async with self._opening:
+            self._check_open()
+            if self._servers is None:
+                self._servers = await self._listen()
+            return self._servers
+
+    async def _listen(self) -> dict[str, PlaneServer]:
+        servers: dict[str, PlaneServer] = {}
+        try:
+            for plane in self._choice.planes:
+                servers[plane.name] = await plane.listen(self._host)
+        except BaseException:
+            for server in servers.values():
+                await server.aclose()
+            raise
+        return servers
 
     async def register(self, record: EndpointRecord, path: str, sink: RequestSink) -> EndpointRecord:
         """Take requests for `path` on every plane; the record says where."""
@@ -86,10 +93,11 @@ class Network:
                 await known[1].open(record, envelope, inbox)
                 return
             except (ConnectFailed, Timeout) as failure:
-                del self._known[record.instance_id]
-                if not self._may_fall_back(self._choice.planes[0], record):
+                self._known.pop(record.instance_id, None)
+                if not self._may_fall_back(self._choice.planes[0], record, inbox):
                     raise
                 self._avoid(self._choice.planes[0], record, failure)
+                inbox.changed()  # the limit for connecting begins again
         await self._open_first_usable(record, envelope, inbox)
 
     async def _open_first_usable(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
@@ -100,9 +108,10 @@ class Network:
             try:
                 await client.open(record, envelope, inbox)
             except (ConnectFailed, Timeout) as failure:
-                if not self._may_fall_back(plane, record):
+                if not self._may_fall_back(plane, record, inbox):
                     raise
                 self._avoid(plane, record, failure)
+                inbox.changed()
                 continue
             if plane is self._choice.planes[0]:
                 self._known[record.instance_id] = (record, client)
@@ -117,15 +126,16 @@ class Network:
     async def _client(self, plane: Plane) -> PlaneClient:
         client = self._clients.get(plane.name)
         if client is None:
-            async with self._connecting:
+            async with self._opening:
+                self._check_open()
                 client = self._clients.get(plane.name)
                 if client is None:
                     client = self._clients[plane.name] = await plane.connect(self._host)
         return client
 
-    def _may_fall_back(self, plane: Plane, record: EndpointRecord) -> bool:
-        """Whether a later plane could reach the instance."""
-        if not self._choice.fall_back:
+    def _may_fall_back(self, plane: Plane, record: EndpointRecord, inbox: Inbox) -> bool:
+        """Whether a later plane could reach the instance, and the request still wants it."""
+        if not self._choice.fall_back or inbox.ended or self._closed:
             return False
         later = self._choice.planes[self._choice.planes.index(plane) + 1 :]
         return any(each.reaches(record) for each in later)
@@ -142,31 +152,40 @@ class Network:
         return True
 
     def _avoid(self, plane: Plane, record: EndpointRecord, failure: StatorError) -> None:
+        """Leave the plane alone for a while. Requests that failed together count once."""
+        instance, now = record.instance_id, self._host.wheel.now()
+        if now < self._avoided.get((plane.name, instance), now):
+            return
+        self._avoided[plane.name, instance] = now + self._retry
         self.fallbacks[failure.code] = self.fallbacks.get(failure.code, 0) + 1
-        self._avoided[plane.name, record.instance_id] = self._host.wheel.now() + self._retry
-        logger.warning(
-            "instance %x does not answer on the %s plane (%s); falling back for %s s",
-            record.instance_id,
-            plane.name,
-            failure.message,
-            self._retry,
-        )
+        level = logging.INFO if instance in self._warned else logging.WARNING
+        self._warned.add(instance)
+        text = "instance %x does not answer on the %s plane (%s); falling back for %s s"
+        logger.log(level, text, instance, plane.name, failure.message, self._retry)
 
     def forget(self, record: EndpointRecord) -> None:
         """The instance left discovery."""
         self._known.pop(record.instance_id, None)
+        self._warned.discard(record.instance_id)
         for plane in self._choice.planes:
             self._avoided.pop((plane.name, record.instance_id), None)
             client = self._clients.get(plane.name)
             if client is not None and plane.reaches(record):
                 client.forget(record)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the runtime has left its cluster; connect again")
+
     async def aclose(self) -> None:
-        """Close callers first, then listeners. Idempotent."""
-        clients, self._clients = self._clients, {}
+        """Close callers first, then listeners. Nothing is opened from now on. Idempotent."""
+        self._closed = True
+        self._known.clear()
+        async with self._opening:  # what is being opened is closed too
+            clients, self._clients = self._clients, {}
+            servers, self._servers = self._servers or {}, None
         for client in clients.values():
             await client.aclose()
-        servers, self._servers = self._servers or {}, None
         for server in servers.values():
             await server.aclose()
 
