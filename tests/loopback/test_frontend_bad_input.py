@@ -258,7 +258,7 @@ async def test_slow_bodies_time_out(models: FakeModels, running: RunningFrontend
 
 async def test_a_steady_upload_may_take_longer(models: FakeModels) -> None:
     body = chat_body("x" * 4000)
-    async with frontend(models, body_timeout=0.2, body_rate=4_000) as running, RawClient(running.port) as raw:
+    async with frontend(models, body_timeout=0.2, body_rate=1_000) as running, RawClient(running.port) as raw:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         await raw.send(head.encode())
         for start in range(0, len(body), 250):

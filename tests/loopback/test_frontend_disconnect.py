@@ -57,7 +57,7 @@ async def test_leaving_before_the_first_token_kills(stream: bool, n: int) -> Non
         async with RawClient(running.port) as raw:
             await raw.request("POST", CHAT, chat_body("x", model="never", stream=stream, n=n))
             await entered(engine, n)
-        assert await killed(engine, n) < 0.5
+        assert await killed(engine, n) < 1.0
         await running.until_idle()
         request_type = "stream" if stream else "unary"
         assert running.sample("dynamo_frontend_requests_total", model="never", request_type=request_type, **CANCELLED) == 1
@@ -84,7 +84,7 @@ async def test_leaving_in_mid_stream_kills(reset: bool) -> None:
             await raw.read_until(b'"a"')
             if reset:
                 raw.writer.transport.abort()
-        assert await killed(engine) < 0.5
+        assert await killed(engine) < 1.0
         await running.until_idle()
         assert running.sample("dynamo_frontend_requests_total", model="endless", request_type="stream", **CANCELLED) == 1
 
@@ -174,10 +174,10 @@ async def test_a_slow_client_that_reads_is_not_cut() -> None:
     models, fountain = FakeModels(), Fountain()
     engine = models.add("fountain", FakeEngine(fountain.script))
     loop = asyncio.get_running_loop()
-    async with frontend(models, write_timeout=0.2) as running:
+    async with frontend(models, write_timeout=0.4) as running:
         sock = await narrow_client(running.port, chat_body("x", model="fountain", stream=True))
         try:
-            for _ in range(20):
+            for _ in range(25):
                 assert await asyncio.wait_for(loop.sock_recv(sock, 8192), 5)
                 await asyncio.sleep(0.05)
             assert engine.calls[0].outcome == ""

@@ -9,7 +9,7 @@ from stator.telemetry import MetricRegistry
 
 def started() -> tuple[CollectorRegistry, FrontendMetrics, RequestMeter]:
     metrics = FrontendMetrics(MetricRegistry())
-    return metrics.page, metrics, metrics.begin(model="m", endpoint="chat_completions", stream=True, now=100.0)
+    return metrics.registry.prometheus, metrics, metrics.begin(model="m", endpoint="chat_completions", stream=True, now=100.0)
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
@@ -63,7 +63,7 @@ def test_names_and_buckets_of_the_reference() -> None:
         meter = metrics.begin(model="m", endpoint="chat_completions", stream=True, now=100.0)
         meter.flush(1, 100.0)
         meter.end(error_type=reason, now=100.0)
-    families = {family.name: family for family in text_string_to_metric_families(metrics.exposition().decode())}
+    families = {family.name: family for family in text_string_to_metric_families(metrics.registry.exposition().decode())}
     prefix = "dynamo_frontend_"
     wanted = {
         "requests_started": "counter",
@@ -107,9 +107,9 @@ def test_names_and_buckets_of_the_reference() -> None:
     assert len(buckets["time_to_first_token_seconds"]) == 18
 
 
-def test_the_prefix_can_be_replaced_and_a_foreign_registry_used() -> None:
-    registry = CollectorRegistry()
+def test_the_prefix_can_be_replaced() -> None:
+    registry = MetricRegistry()
     FrontendMetrics(registry, prefix="mine").begin(model="", endpoint="completions", stream=False, now=0.0)
     labels = {"model": "unknown_model", "endpoint": "completions", "request_type": "unary"}
-    assert registry.get_sample_value("mine_requests_started_total", labels) == 1
-    assert registry.get_sample_value("mine_output_tokens_total", {"model": "unknown_model"}) == 0
+    assert registry.prometheus.get_sample_value("mine_requests_started_total", labels) == 1
+    assert registry.prometheus.get_sample_value("mine_output_tokens_total", {"model": "unknown_model"}) == 0

@@ -26,6 +26,9 @@ __all__ = ["HttpConnection"]
 
 logger = logging.getLogger(__name__)
 
+_LINGER = 1.0
+"""seconds in which a refused client may read the answer"""
+
 _HEAD_TIMEOUT = Failure(status=408, message="The request headers did not arrive in time.", code="request_timeout")
 _HEAD_TOO_LONG = Failure(status=431, message="The request line or a header field is too long.", code="headers_too_large")
 
@@ -101,7 +104,11 @@ class HttpConnection(web.RequestHandler):
             b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
             b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
         )
-        self.force_close()
+        # Closing at once would reset the connection if more bytes are on their way, and the client might never read the answer.
+        if self._wire.can_write_eof():
+            self._wire.write_eof()
+        self.close()
+        self._head_timer = self._loop.call_later(_LINGER, self.force_close)
 
     # --- the answer -------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
-
 from stator.telemetry import Counter, Family, Gauge, Histogram, MetricRegistry
 
 __all__ = ["FrontendMetrics", "RequestMeter"]
@@ -38,15 +36,10 @@ class _ModelMeter:
 
 
 class FrontendMetrics:
-    """All families, declared in `registry`: the process's tree of metrics, or a foreign registry that shall show them."""
+    """All families, declared in `registry`, whose whole page `/metrics` shows. `prefix` replaces the reference's."""
 
-    def __init__(self, registry: MetricRegistry | CollectorRegistry, *, prefix: str = "dynamo_frontend") -> None:
-        tree = registry if isinstance(registry, MetricRegistry) else MetricRegistry()
-        if not isinstance(registry, MetricRegistry):
-            registry.register(tree.prometheus)
-        self.page = registry.prometheus if isinstance(registry, MetricRegistry) else registry
-        """what `/metrics` shows"""
-        self._tree = tree
+    def __init__(self, registry: MetricRegistry, *, prefix: str = "dynamo_frontend") -> None:
+        self.registry = registry
         self._prefix = prefix
         self._models: dict[str, _ModelMeter] = {}
         request = ("model", "endpoint", "request_type")
@@ -60,7 +53,7 @@ class FrontendMetrics:
         self.active = self._gauges("active_requests", "Number of active requests")
         self.inflight = self._gauges("inflight_requests", "Number of inflight requests")
         self.queued = self._gauges("queued_requests", "Number of requests in HTTP processing queue")
-        self.disconnected = tree.gauge(f"{prefix}_disconnected_clients", "Number of disconnected clients")
+        self.disconnected = registry.gauge(f"{prefix}_disconnected_clients", "Number of disconnected clients")
         self.duration = self._histograms("request_duration_seconds", "Duration of LLM requests", _DURATION)
         self.input_tokens = self._histograms("input_sequence_tokens", "Input sequence length in tokens", _INPUT)
         self.cached_tokens = self._histograms("cached_tokens", "Prompt tokens found in the KV cache", _INPUT)
@@ -69,20 +62,16 @@ class FrontendMetrics:
         self.gap = self._histograms("inter_token_latency_seconds", "Inter-token latency in seconds", _ITL)
         # Always under this prefix (`spec/30 §8.2`).
         name, text = "dynamo_frontend_stage_duration_seconds", "Duration of the stages of a request"
-        self.preprocess = tree.histograms(name, text, ("stage",), _STAGE).labels("preprocess")
-
-    def exposition(self) -> bytes:
-        """The page in Prometheus text format."""
-        return generate_latest(self.page)
+        self.preprocess = registry.histograms(name, text, ("stage",), _STAGE).labels("preprocess")
 
     def _counters(self, name: str, text: str, *labels: str) -> Family[Counter]:
-        return self._tree.counters(f"{self._prefix}_{name}_total", text, labels)
+        return self.registry.counters(f"{self._prefix}_{name}_total", text, labels)
 
     def _gauges(self, name: str, text: str) -> Family[Gauge]:
-        return self._tree.gauges(f"{self._prefix}_{name}", text, ("model",))
+        return self.registry.gauges(f"{self._prefix}_{name}", text, ("model",))
 
     def _histograms(self, name: str, text: str, bounds: tuple[float, ...]) -> Family[Histogram]:
-        return self._tree.histograms(f"{self._prefix}_{name}", text, ("model",), bounds)
+        return self.registry.histograms(f"{self._prefix}_{name}", text, ("model",), bounds)
 
     def begin(self, *, model: str, endpoint: str, stream: bool, now: float) -> "RequestMeter":
         """Count a request that arrived. `model` is the name of a served model, or "" if it is not."""

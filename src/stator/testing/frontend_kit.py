@@ -27,11 +27,11 @@ class RunningFrontend:
 
     def metrics(self) -> str:
         """The page of `/metrics`."""
-        return self.state.metrics.exposition().decode()
+        return self.state.metrics.registry.exposition().decode()
 
     def sample(self, name: str, **labels: str) -> float:
         """One value of it; 0.0 if there is none."""
-        return self.state.metrics.page.get_sample_value(name, labels) or 0.0
+        return self.state.metrics.registry.prometheus.get_sample_value(name, labels) or 0.0
 
     async def until_idle(self, seconds: float = 5.0) -> None:
         """Return when no request is being answered any more; `TimeoutError` otherwise."""
