@@ -48,7 +48,7 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
     silence: Annotated[float, Setting(doc="a stream with nothing to send gets a comment, for proxies", unit="s", gt=0)] = 10.0
 
     max_requests: Annotated[int, Setting(doc="requests answered at one time; more are refused as overloaded", ge=1)] = 4096
-    max_choices: Annotated[int, Setting(doc="choices of one request: n times the number of prompts", ge=1)] = 128
+    max_choices: Annotated[int, Setting(doc="choices of one request: n times the number of prompts", ge=1)] = 2048
     overload_status: Annotated[
         int, Setting(doc="HTTP status of an overload", dyn="DYN_HTTP_OVERLOAD_STATUS_CODE", ge=400, le=599)
     ] = 503

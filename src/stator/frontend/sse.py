@@ -31,7 +31,9 @@ class EventStream:
     """
 
     def __init__(self, request: web.Request, *, headers: dict[str, str], scope: Scope, silence: float) -> None:
-        self.response = _Response(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers})
+        # The last one is for nginx, which would otherwise collect events before it passes them on.
+        own = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        self.response = _Response(headers={**own, **headers})
         self._request = request
         self._writer: AbstractStreamWriter = request.writer
         self._transport: asyncio.Transport | None = None
