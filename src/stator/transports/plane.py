@@ -111,6 +111,7 @@ class PlaneClient(Protocol):
 
         Raises `ConnectFailed` or `Timeout` (phase "connect") when there is no connection, `UsageError` when the request is too large;
         nothing was sent then, and ending the inbox is the caller's. The same holds when it is cancelled.
+        When the inbox ends while a connection is made (killed, stopped, out of time), nothing is sent and this returns.
         """
         ...
 

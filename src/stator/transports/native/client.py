@@ -18,6 +18,7 @@ from stator.transports.inbox import Inbox
 from stator.transports.native.config import NativeConfig
 from stator.transports.native.connection import Connection
 from stator.transports.native.pulse import PulseProbe
+from stator.transports.opening import while_wanted
 from stator.transports.plane import InstanceObserver, PlaneHost
 
 __all__ = ["NativeClient"]
@@ -86,12 +87,16 @@ class NativeClient:
         assert isinstance(native, NativeAddress)
         line = self._lines.get(native.process)
         if line is None or not line.usable:
-            line = await self._dial(native, record.instance_id)
+            async with while_wanted(inbox):
+                line = await self._dial(native, record.instance_id)
+            if inbox.ended:
+                return
             if not line.usable:
-                line.session = None
+                raise ConnectFailed(
+                    "the connection ended before the request left", instance=record.instance_id, phase="connect"
+                )
         session = line.session
-        if session is None:
-            raise ConnectFailed("the connection ended before the request left", instance=record.instance_id, phase="connect")
+        assert session is not None  # the line is usable
         inbox.link = session.open(endpoint_path(record.instance_id, record.endpoint), envelope, inbox)
 
     def forget(self, record: EndpointRecord) -> None:
@@ -146,7 +151,7 @@ class NativeClient:
                 return await self._greet(native, instance, unix=False)
         except TimeoutError as error:
             raise Timeout(f"no connection to {native.address} within {limit} s", instance=instance, phase="connect") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError is about the address itself
             raise ConnectFailed(f"cannot connect to {native.address}: {error}", instance=instance, phase="connect") from error
 
     async def _tries_unix(self, native: NativeAddress) -> bool:

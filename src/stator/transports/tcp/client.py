@@ -15,6 +15,7 @@ from stator.protocol.two_part import encode_frame
 from stator.protocol.values import from_json
 from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
+from stator.transports.opening import while_wanted
 from stator.transports.plane import PlaneHost
 from stator.transports.tcp.address import InstanceAddress, is_local, is_loopback
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
@@ -67,9 +68,12 @@ class CompatibleClient:
         address = InstanceAddress.parse(record.transport.tcp or "", instance=instance)
         self._check_reachable(address.host, instance)
         pool = self._pool(address)
-        line = pool.line() or await pool.wait(instance)
+        line = pool.line()
+        if line is None:
+            async with while_wanted(inbox):
+                line = await pool.wait(instance)
         if inbox.ended:
-            raise inbox.error or Disconnected("the request ended before it was sent", instance=instance, phase="connect")
+            return
         # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
         stream = self._listener.expect(inbox, self._codec(record))
         try:
