@@ -66,9 +66,10 @@ def describe_logged(error: Exception, state: FrontendState, ticket: Ticket) -> F
     """`describe`, with what the client must not see in the log."""
     failure = describe(error, request_id=ticket.shown_id, model=ticket.model, overload_status=state.config.overload_status)
     if failure.status >= 500:
-        trace = None if isinstance(error, StatorError) else error
+        bug = not isinstance(error, StatorError)
         facts = {"request_id": ticket.shown_id, "model": ticket.model[:200]}
-        logger.warning("request failed: %s: %s", type(error).__name__, error, exc_info=trace, extra=facts)
+        level = logging.ERROR if bug else logging.WARNING
+        logger.log(level, "request failed: %s: %s", type(error).__name__, error, exc_info=error if bug else None, extra=facts)
     return failure
 
 
