@@ -18,7 +18,7 @@ from stator.discovery import FileDiscovery, FileDiscoveryConfig, open_file
 from stator.discovery.file_names import file_name
 from stator.discovery.file_store import FileStore
 from stator.errors import ConfigError, Unavailable, UsageError
-from stator.protocol.records import EndpointRecord, Query, encode_record
+from stator.protocol.records import EndpointRecord, Query, Record, encode_record
 from stator.tasks import SystemClock
 from stator.testing.discovery_suite import endpoint_record, silence, until
 
@@ -181,6 +181,19 @@ async def test_a_disk_that_does_not_answer_stops_nobody(tmp_path: Path, monkeypa
         assert client.status.connected
         assert dict(client.owned()) == {}
         assert len(await client.list(ENDPOINTS)) == 2, "a registration that failed is not made up for later"
+
+
+async def test_a_slow_disk_that_answers_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with discovery(tmp_path, answer_timeout=0.5) as client:
+        real = FileStore.publish
+
+        def slow(store: FileStore, record: Record) -> bool:
+            time.sleep(0.005)
+            return real(store, record)
+
+        monkeypatch.setattr(FileStore, "publish", slow)
+        assert all(await asyncio.gather(*(client.register(endpoint_record(instance)) for instance in range(300))))
+        assert client.status.connected
 
 
 async def test_closing_waits_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,12 +151,18 @@ class FileDiscovery:
         return future
 
     async def _answer(self, future: "asyncio.Future[T]") -> T:
-        """What came of a job; TimeoutError when the disk takes too long. Cancelled: the job goes on."""
-        done, _ = await asyncio.wait({future}, timeout=self._config.answer_timeout)
-        if not done:
+        """What came of a job; TimeoutError when the disk answered nobody for too long. Cancelled: the job goes on."""
+        answered = -1
+        while not future.done() and self._answered() != answered:
+            answered = self._answered()
+            await asyncio.wait({future}, timeout=self._config.answer_timeout)
+        if not future.done():
             self._mark_stale(f"{self._status.location} did not answer within {self._config.answer_timeout:g} s")
             raise TimeoutError
         return future.result()
+
+    def _answered(self) -> int:
+        return self._keeper.answered if self._keeper is not None else 0
 
     def _mark_stale(self, reason: str) -> None:
         if self._status.connected:

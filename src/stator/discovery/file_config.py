@@ -34,5 +34,7 @@ class FileDiscoveryConfig(Config, frozen=True, kw_only=True):
     poll_interval: Annotated[float, Setting(doc="time between two looks where inotify does not serve", unit="s", ge=0.05)] = 1.0
     answer_timeout: Annotated[
         float,
-        Setting(doc="longest wait for the disk; after it a registration fails and lists answer what is known", unit="s", gt=0),
+        Setting(
+            doc="longest silence of the disk; after it a registration fails and lists answer what is known", unit="s", gt=0
+        ),
     ] = 5.0

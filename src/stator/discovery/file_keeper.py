@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _PAUSE = 1.0
 """seconds until the next step after one that failed unexpectedly"""
+_JOBS_AT_ONCE = 32
+"""jobs done before their answers are handed over and signs of life may be due"""
 
 
 class News(msgspec.Struct):
@@ -66,6 +68,8 @@ class FileKeeper:
         self._told: tuple[float | None, str] = (None, "")
         self._on_its_way = False
         self._more = False
+        self.answered = 0
+        """jobs whose answers have arrived: grows as long as the disk answers at all"""
 
     # On the event loop
 
@@ -106,6 +110,7 @@ class FileKeeper:
                 job.future.set_exception(job.error)
             else:
                 job.future.set_result(job.result)
+        self.answered += len(done)
         self._on_its_way = False
         if last:  # only here, because a wake-up after an earlier hand-over may still have needed the pipe
             self._close_pipe()
@@ -128,7 +133,7 @@ class FileKeeper:
                 self._abandon()
 
     def _wait(self, waker: select.poll) -> None:
-        seconds = self._store.due() - self._clock.monotonic()
+        seconds = 0.0 if self._jobs else self._store.due() - self._clock.monotonic()
         waker.poll(None if seconds == float("inf") else max(0.0, seconds) * 1000)
         with contextlib.suppress(BlockingIOError):
             while os.read(self._reader, 4096):
@@ -142,7 +147,7 @@ class FileKeeper:
             time.sleep(_PAUSE)
 
     def _work(self) -> None:
-        while self._jobs:
+        for _ in range(min(len(self._jobs), _JOBS_AT_ONCE)):
             job = self._jobs.popleft()
             try:
                 job.result = job.work(self._store)
