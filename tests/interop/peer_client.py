@@ -24,13 +24,15 @@ async def client_of(runtime, path):
 
 async def start(client, command, context):
     """Send the request. A new client routes nowhere for a moment, although it has seen the instance."""
-    for attempt in range(100):
+    attempts = 100
+    while True:
         try:
             return await client.round_robin(command["request"], annotated=False, context=context)
         except Exception as error:
-            if "No workers available" not in str(error) or attempt == 99:
+            attempts -= 1
+            if "No workers available" not in str(error) or not attempts:
                 raise
-            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)
 
 
 async def call(client, command):

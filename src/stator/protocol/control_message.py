@@ -3,6 +3,7 @@
 Always JSON, whatever the codec of the values. Unknown fields are ignored.
 """
 
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -120,6 +121,7 @@ def read_call_home(data: bytes) -> CallHomeAddress:
         raise PeerProtocolError(f"control message does not say where to answer: {error}") from error
 
 
+@lru_cache(maxsize=4096)
 def parse_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port`, split at the last colon, brackets around an IPv6 host removed (`spec/10 §2.2`)."""
     host, colon, port = address.rpartition(":")

@@ -35,14 +35,21 @@ class InstanceAddress(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str, *, instance: int) -> "InstanceAddress":
         """Read it, with or without `tcp://`; `ConnectFailed` when it is none."""
-        address, slash, path = text.removeprefix("tcp://").partition("/")
         try:
-            host, port = parse_address(address)
+            return _parse(text)
         except PeerProtocolError as error:
-            raise ConnectFailed(f"instance has no usable TCP address: {error}", instance=instance, phase="connect") from error
-        if not slash or not path:
-            raise ConnectFailed(f"instance address {text!r} has no path", instance=instance, phase="connect")
-        return cls(host, port, path)
+            raise ConnectFailed(
+                f"the instance has no usable TCP address: {error}", instance=instance, phase="connect"
+            ) from error
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> InstanceAddress:
+    address, slash, path = text.removeprefix("tcp://").partition("/")
+    host, port = parse_address(address)
+    if not slash or not path:
+        raise PeerProtocolError(f"{text!r} has no path")
+    return InstanceAddress(host, port, path)
 
 
 def join_host_port(host: str, port: int) -> str:

@@ -17,7 +17,7 @@ from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
 from stator.transports.opening import while_wanted
 from stator.transports.plane import PlaneHost
-from stator.transports.tcp.address import InstanceAddress, is_local, is_loopback
+from stator.transports.tcp.address import InstanceAddress, is_local
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
@@ -151,7 +151,7 @@ class CompatibleClient:
 
     def _check_reachable(self, host: str, instance: int) -> None:
         """A worker elsewhere cannot call a loopback address: say so now instead of waiting for it."""
-        if is_loopback(self._listener.host) and not is_local(host):
+        if self._listener.loopback and not is_local(host):
             raise ConfigError(
                 f"the worker at {host} is on another host and cannot call home to {self._listener.address};"
                 " set host (STATOR_HOST) or advertise_host (STATOR_ADVERTISE_HOST) to an address that the worker can reach",
