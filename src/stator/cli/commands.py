@@ -1,6 +1,7 @@
 """`stator serve | worker | frontend | ls`."""
 
 import asyncio
+import io
 import logging
 import sys
 from collections.abc import Callable, Coroutine
@@ -71,6 +72,9 @@ def _common(
 
 def _main(work: Callable[[], Coroutine[Any, Any, int]], *, supervised: bool = False) -> None:
     """Run a command: logging on, errors as one line (told to the supervisor if there is one), the number as exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character the terminal cannot show is no reason to fail
     try:
         configure_logging(settings.load(LogConfig))
         status = run(work())

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from stator.worker import WorkerConfig
 
 __all__ = ["ServeOptions", "run_serve"]
 
+_STATOR = (sys.executable, "-m", "stator")
 _MARGIN = 5.0
 """seconds children get to end beyond what their settings allow them"""
 
@@ -101,11 +103,11 @@ class _Service:
             # All of us end together: nobody has to be given time to notice.
             environment["STATOR_WORKER_GRACE_PERIOD"] = "0"
         self._workers = [
-            Child(f"worker {number}", _worker_arguments(options), environment, self._told)
+            Child(f"worker {number}", _worker_command(options), environment, self._told)
             for number in range(1, options.workers + 1)
         ]
         self._frontends = [
-            Child(f"frontend {number}", _frontend_arguments(options, port), environment, self._told)
+            Child(f"frontend {number}", _frontend_command(options, port), environment, self._told)
             for number in range(1, options.frontends + 1)
         ]
 
@@ -155,8 +157,8 @@ class _Service:
         self._console.print(text)
 
 
-def _worker_arguments(options: ServeOptions) -> list[str]:
-    arguments = ["worker", "--supervised"]
+def _worker_command(options: ServeOptions) -> list[str]:
+    arguments = [*_STATOR, "worker", "--supervised"]
     for flag, value in (
         ("--model", options.model),
         ("--engine", options.engine),
@@ -171,8 +173,8 @@ def _worker_arguments(options: ServeOptions) -> list[str]:
     return arguments
 
 
-def _frontend_arguments(options: ServeOptions, port: int) -> list[str]:
-    arguments = ["frontend", "--supervised", "--port", str(port)]
+def _frontend_command(options: ServeOptions, port: int) -> list[str]:
+    arguments = [*_STATOR, "frontend", "--supervised", "--port", str(port)]
     if options.host:
         arguments += ["--host", options.host]
     if options.policy:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from random import Random
@@ -25,17 +24,17 @@ _LAST_WORDS = 1.0
 
 
 class Child:
-    """One supervised process: `python -m stator …`, leader of a session of its own. `told` gets what there is to show."""
+    """One supervised process, leader of a session of its own. `told` gets what there is to show."""
 
     def __init__(
         self,
         name: str,
-        arguments: Sequence[str],
+        command: Sequence[str],
         environment: Mapping[str, str],
         told: Callable[[str, News], None],
     ) -> None:
         self.name = name
-        self._arguments = tuple(arguments)
+        self._command = tuple(command)
         self._environment = environment
         self._told = told
         self._process: asyncio.subprocess.Process | None = None
@@ -79,10 +78,7 @@ class Child:
         """Start it and wait for its end. Nothing of it is left afterwards, nor of what it started itself."""
         self._failure = ""
         process = self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "stator",
-            *self._arguments,
+            *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=self._environment,

@@ -148,7 +148,7 @@ class Worker:
             request = read_request(body)
         except StatorError as error:
             return _fail(error)
-        logger.debug("request %s: %d prompt tokens", context.id, len(request.token_ids))
+        logger.debug("request %s at instance %x: %d prompt tokens", context.id, self._host.instance_id, len(request.token_ids))
         return self._chain.generate(request, context)
 
     async def run(self) -> int:
