@@ -45,7 +45,7 @@ def create_app(
     router.add_get("/metrics", service.metrics)
 
     async def close(_: web.Application) -> None:
-        await state.scope.aclose()
+        await state.aclose()
 
     app.on_cleanup.append(close)
     return app

@@ -1,6 +1,5 @@
 """Receiving a request body: never more than the limit, never slower than agreed."""
 
-import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -9,6 +8,8 @@ from aiohttp import web
 from stator.errors import Overloaded
 from stator.frontend.config import FrontendConfig
 from stator.frontend.errors import Failure, Rejected
+from stator.frontend.limit import Limit
+from stator.tasks import DeadlineWheel
 
 __all__ = ["BodyReader", "too_large"]
 
@@ -22,9 +23,9 @@ class BodyReader:
         """bytes of bodies now being received or parsed"""
 
     @contextmanager
-    def reading(self, request: web.Request) -> Generator["_Body"]:
+    def reading(self, request: web.Request, wheel: DeadlineWheel) -> Generator["_Body"]:
         """Count what is received until the block ends, which should be when the body is parsed."""
-        body = _Body(self, request)
+        body = _Body(self, request, wheel)
         try:
             yield body
         finally:
@@ -42,9 +43,11 @@ class BodyReader:
 
 
 class _Body:
-    def __init__(self, reader: BodyReader, request: web.Request) -> None:
+    def __init__(self, reader: BodyReader, request: web.Request, wheel: DeadlineWheel) -> None:
         self._reader = reader
         self._request = request
+        self._wheel = wheel
+        self._begin = wheel.now()
         self.size = 0
 
     async def read(self) -> bytes:
@@ -53,24 +56,25 @@ class _Body:
         _check_type(request)
         if (request.content_length or 0) > config.body_limit:
             raise too_large(config)
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
         chunks: list[bytes] = []
         try:
-            async with asyncio.timeout(config.body_timeout) as deadline:
+            with Limit(self._wheel, self._until):
                 async for chunk in request.content.iter_any():
                     self.size += len(chunk)
                     self._reader.charge(len(chunk))
                     if self.size > config.body_limit:
                         raise too_large(config)
                     chunks.append(chunk)
-                    deadline.reschedule(begin + config.body_timeout + self.size / config.body_rate)
         except TimeoutError as error:
-            text = f"The request body did not arrive in time: {self.size} bytes in {loop.time() - begin:.0f} s."
+            text = f"The request body did not arrive in time: {self.size} bytes in {self._wheel.now() - self._begin:.0f} s."
             raise Rejected(Failure(status=408, message=text, code="request_timeout")) from error
         except web.RequestPayloadError as error:
             raise Rejected(Failure(status=400, message="The request body cannot be decoded.", code="bad_body")) from error
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _until(self) -> float:
+        config = self._reader.config
+        return self._begin + config.body_timeout + self.size / config.body_rate
 
 
 def too_large(config: FrontendConfig) -> Rejected:

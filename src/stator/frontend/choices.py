@@ -8,11 +8,12 @@ import msgspec
 
 from stator.errors import StatorError
 from stator.frontend.chunks import Usage
+from stator.frontend.limit import Limit
 from stator.llm.output import EngineOutput
 from stator.llm.postprocess import Postprocessor, TextDelta
 from stator.llm.request import PreprocessedRequest
 from stator.llm.served import ServedModel, TokenStream
-from stator.tasks import Scope
+from stator.tasks import DeadlineWheel, Scope
 
 __all__ = ["Choice", "Emit", "make_choices", "run", "total_usage"]
 
@@ -70,13 +71,15 @@ def _nth(request: PreprocessedRequest, i: int) -> PreprocessedRequest:
     return msgspec.structs.replace(request, sampling_options=msgspec.structs.replace(sampling, n=None, best_of=None, seed=seed))
 
 
-async def run(choices: Sequence[Choice], *, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> None:
+async def run(
+    choices: Sequence[Choice], *, open_stream: Callable[[Choice], TokenStream], emit: Emit, wheel: DeadlineWheel
+) -> None:
     """Generate all choices to their end. The first failure or cancellation ends all: calls are killed at the worker."""
     if len(choices) == 1:
-        await _run_one(choices[0], open_stream, emit)
+        await _run_one(choices[0], open_stream, emit, wheel)
         return
     async with Scope("choices") as scope:
-        tasks = [scope.spawn(_caught(_run_one(choice, open_stream, emit))) for choice in choices]
+        tasks = [scope.spawn(_caught(_run_one(choice, open_stream, emit, wheel))) for choice in choices]
         for task in asyncio.as_completed(tasks):
             if (error := await task) is not None:
                 raise error
@@ -91,7 +94,7 @@ async def _caught(work: Awaitable[None]) -> Exception | None:
     return None
 
 
-async def _run_one(choice: Choice, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> None:
+async def _run_one(choice: Choice, open_stream: Callable[[Choice], TokenStream], emit: Emit, wheel: DeadlineWheel) -> None:
     """Token path: one step per batch of items, whatever their number."""
     post = choice.post
     async with open_stream(choice) as stream:
@@ -100,19 +103,19 @@ async def _run_one(choice: Choice, open_stream: Callable[[Choice], TokenStream],
             await emit(choice, post.push_many(batch))
             if post.done:
                 if batch[-1].finish_reason is not None:
-                    await _await_end(batches)
+                    await _await_end(batches, wheel)
                 return  # killed if it goes on
     if (last := post.finish()) is not None:
         await emit(choice, [last])
 
 
-async def _await_end(batches: AsyncIterator[list[EngineOutput]]) -> None:
+async def _await_end(batches: AsyncIterator[list[EngineOutput]], wheel: DeadlineWheel) -> None:
     """Let a worker that said its last word end its stream itself: no kill for every request that went well."""
+    until = wheel.now() + _SENTINEL_GRACE
     # Whatever happens here: the answer is complete.
-    with suppress(StatorError, TimeoutError):
-        async with asyncio.timeout(_SENTINEL_GRACE):
-            async for _ in batches:
-                continue
+    with suppress(StatorError, TimeoutError), Limit(wheel, lambda: until):
+        async for _ in batches:
+            continue
 
 
 def total_usage(choices: Sequence[Choice]) -> Usage:

@@ -66,7 +66,7 @@ class Generation:
 
     async def _answer(self, http: web.Request, ticket: Ticket) -> web.StreamResponse:
         state, api = self._state, self._api
-        with state.bodies.reading(http) as body:
+        with state.bodies.reading(http, state.wheel) as body:
             data = await body.read()
             request = api.parse(data)
             ticket.model, ticket.stream = request.model, bool(request.stream)
@@ -93,7 +93,7 @@ class Generation:
 
         if not ticket.stream:
             collected = _Collected(choices, ticket.meter, state.clock)
-            await run(choices, open_stream=open_stream, emit=collected.emit)
+            await run(choices, open_stream=open_stream, emit=collected.emit, wheel=state.wheel)
             _count_cached(choices, ticket.meter)
             return web.Response(body=collected.answer(writer), content_type="application/json")
         return await self._stream(http, ticket, _Streamed(request, choices, writer, ticket.meter, state.clock), open_stream)
@@ -121,13 +121,13 @@ class Generation:
         self, http: web.Request, ticket: Ticket, streamed: "_Streamed", open_stream: Callable[[Choice], TokenStream]
     ) -> web.StreamResponse:
         """Errors before the first event are raised; later ones become an event that ends the stream."""
-        state = self._state
+        state, silence = self._state, self._state.config.silence
         headers = {"x-request-id": ticket.shown_id, "Server": SERVER}
-        async with EventStream(http, headers=headers, scope=state.scope, silence=state.config.silence) as events:
+        async with EventStream(http, headers=headers, scope=state.scope, wheel=state.wheel, silence=silence) as events:
             streamed.events = events
             error: Exception | None = None
             try:
-                await run(streamed.choices, open_stream=open_stream, emit=streamed.emit)
+                await run(streamed.choices, open_stream=open_stream, emit=streamed.emit, wheel=state.wheel)
             except asyncio.CancelledError as cancelled:
                 error = ticket.recover(cancelled)
             except Exception as failed:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from stator.tasks import Scope
+from stator.tasks import DeadlineWheel, Scope, Timed
 
 __all__ = ["DONE", "EventStream"]
 
@@ -30,7 +30,9 @@ class EventStream:
     Use as `async with`; leaving without `finish` after the stream began leaves it cut, which the client sees as an error.
     """
 
-    def __init__(self, request: web.Request, *, headers: dict[str, str], scope: Scope, silence: float) -> None:
+    def __init__(
+        self, request: web.Request, *, headers: dict[str, str], scope: Scope, wheel: DeadlineWheel, silence: float
+    ) -> None:
         # The last one is for nginx, which would otherwise collect events before it passes them on.
         own = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self.response = _Response(headers={**own, **headers})
@@ -43,7 +45,8 @@ class EventStream:
         self._silence = silence
         self._sent = 0
         self._seen = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._wheel = wheel
+        self.slot: set[Timed] | None = None
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -52,15 +55,14 @@ class EventStream:
         return self.response.prepared
 
     async def __aenter__(self) -> "EventStream":
-        self._timer = asyncio.get_running_loop().call_later(self._silence, self._beat)
+        self._wheel.arm(self, self._wheel.now() + self._silence)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._stop_heartbeat()
 
     def _stop_heartbeat(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._wheel.disarm(self)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
 
@@ -97,11 +99,14 @@ class EventStream:
                 return
         await self.send(events)
 
-    def _beat(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._silence, self._beat)
+    def expire(self, now: float) -> float:
+        """Asked by the wheel: say something if nothing was said since the last time."""
         silent, self._seen = self._sent == self._seen, self._sent
-        if not silent:
-            return
+        if silent:
+            self._say_something()
+        return now + self._silence
+
+    def _say_something(self) -> None:
         if self._transport is not None:
             if not self._transport.is_closing() and not self._transport.get_write_buffer_size():
                 self._transport.write(self._framed(_COMMENT))

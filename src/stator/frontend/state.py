@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import cached_property
 from random import Random
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from stator.frontend.config import FrontendConfig
 from stator.frontend.metrics import FrontendMetrics
 from stator.frontend.ticket import Ticket
 from stator.llm.served import ModelSource
-from stator.tasks import Scope
+from stator.tasks import DeadlineWheel, Scope
 
 __all__ = ["SERVER", "STATE", "TICKET", "FrontendState", "random_ids"]
 
@@ -44,6 +45,16 @@ class FrontendState:
         self.idle = asyncio.Event()
         """set while nothing runs"""
         self.idle.set()
+
+    @cached_property
+    def wheel(self) -> DeadlineWheel:
+        """The deadlines of all requests. First asked for on the event loop."""
+        return DeadlineWheel(asyncio.get_running_loop())
+
+    async def aclose(self) -> None:
+        """End what belongs to no single request."""
+        await self.scope.aclose()
+        self.wheel.close()
 
     def admit(self, ticket: Ticket) -> None:
         """Take one more request; `Overloaded` when there are too many. An id in use is replaced."""
