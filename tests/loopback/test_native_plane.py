@@ -39,8 +39,7 @@ class TestNativeTcp(PlaneSuite):
             client = await NativeClient.start(config, host("b"))
 
             def cut() -> None:
-                for line in client._lines.values():  # pyright: ignore[reportPrivateUsage]
-                    assert line.connection is not None
+                for line in tuple(client._all):  # pyright: ignore[reportPrivateUsage]
                     line.connection.abort(ConnectFailed("cut by the test"))
 
             try:

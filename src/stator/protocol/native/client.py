@@ -40,6 +40,8 @@ _OPENING = Struct(">IH").pack
 _MAX_HEAD = 65000
 _MAX_STREAM = 2**32 - 1
 
+_ENCODE_ERRORS = (msgspec.MsgspecError, TypeError, ValueError, RecursionError)
+
 _encode_head = msgspec.json.Encoder().encode
 
 
@@ -80,14 +82,15 @@ class ClientStream:
     # -- StreamLink
 
     def stop(self) -> None:
-        if self._withdraw():
+        request = self._request
+        if request is not None and request.queued:  # the handler was not called yet
+            self._session.kill(self)
             self.receiver.finish()
         elif not self.receiver.ended:
             self._session.outgoing.control(frame(STOP, self.number))
 
     def kill(self) -> None:
-        if not self._withdraw():
-            self._session.kill(self)
+        self._session.kill(self)
 
     def taken(self) -> None:
         self._uncredited += self._unread
@@ -95,20 +98,18 @@ class ClientStream:
         if self._uncredited * 2 >= self._window:
             self._return_credit()
 
-    def _withdraw(self) -> bool:
-        """Take back a large request that has not left as a whole; the handler was not called then."""
-        request = self._request
-        if request is None or not self._session.outgoing.remove(request):
-            return False
-        if request.started:
-            self._session.kill(self)
-        else:
-            self._session.forget(self)
-        return True
-
-    def send_large(self, body: bytes) -> None:
+    def send_later(self, body: bytes) -> None:
+        """Queue the OPEN among the stream data: it is large, or the transport is paused."""
         self._request = RequestSender(self.number, body)
         self._session.outgoing.ready(self._request)
+
+    def withdraw(self) -> bool | None:
+        """Send no more of the request. None: it has left as a whole; else whether a part of it has left."""
+        request, self._request = self._request, None
+        if request is None or not request.queued:
+            return None
+        self._session.outgoing.remove(request)
+        return request.started
 
     # -- frames
 
@@ -130,29 +131,36 @@ class ClientStream:
         self.receiver.receive(values)
 
     def _fragment(self, flags: int, count: int, payload: bytes) -> None:
+        """A part of an item above one frame. It was begun under credit, so all of it comes; it is charged when it is whole."""
         if self._fragments is None:
+            if self._unread + self._uncredited >= self._window:
+                raise PeerProtocolError(f"stream {self.number} began an item without credit")
             self._fragments = []
+            self.receiver.accept()
         self._fragments.append(payload)
-        if (len(self._fragments) - 1) * MAX_PAYLOAD > self._session.hello.limits.item:
-            raise PeerProtocolError(f"item is larger than {self._session.hello.limits.item} bytes")
-        if flags & MORE:  # credited on arrival: an item larger than the window gets through
-            if count:
-                raise PeerProtocolError("a fragment of an item cannot end one")
-            self._uncredited += len(payload)
-            if self._uncredited * 2 >= self._window:
-                self._return_credit()
+        if flags & MORE:
+            self._check_fragment(flags, count, payload)
             return
         whole = b"".join(self._fragments)
         self._fragments = None
         if count != 1:
             raise PeerProtocolError(f"the last fragment of an item announces {count} items")
-        self._unread += len(payload) + ITEM_OVERHEAD
+        self._unread += len(whole) + ITEM_OVERHEAD
         try:
             value = self._one(whole)
         except DECODE_ERRORS as error:
             self._undecodable(error)
             return
         self.receiver.receive((value,))
+
+    def _check_fragment(self, flags: int, count: int, payload: bytes) -> None:
+        if len(payload) != MAX_PAYLOAD:
+            raise PeerProtocolError(f"a fragment of an item has {len(payload)} bytes instead of {MAX_PAYLOAD}")
+        if count or flags & LAST:
+            raise PeerProtocolError("a fragment of an item can end neither an item nor the stream")
+        assert self._fragments is not None
+        if len(self._fragments) * MAX_PAYLOAD > self._session.hello.limits.item:
+            raise PeerProtocolError(f"item is larger than {self._session.hello.limits.item} bytes")
 
     def _return_credit(self) -> None:
         self._session.outgoing.control(frame(CREDIT, self.number, _CREDIT(self._uncredited)))
@@ -164,6 +172,11 @@ class ClientStream:
             raise PeerProtocolError(f"ITEMS frame of stream {self.number} is not JSON: {error}") from error
         self._session.kill(self)
         self.receiver.finish(PeerProtocolError(f"item does not fit {self.receiver.item_type}: {error}"))
+
+    @property
+    def in_mid_item(self) -> bool:
+        """Whether a part of an item has arrived and its rest has not."""
+        return self._fragments is not None
 
     def release(self, budget: ByteBudget) -> None:
         """The stream is over for the client: return its window."""
@@ -204,7 +217,8 @@ class ClientSession(Session):
     def open(self, path: str, envelope: RequestEnvelope, receiver: Receiver) -> ClientStream:
         """Queue an OPEN; the answer goes to `receiver`. The peer's HELLO must have arrived.
 
-        Raises `UsageError` when the request is larger than the peer takes, `Overloaded` when the connection has no stream id left.
+        Raises `UsageError` when the request is larger than the peer takes or its head cannot be written, `Overloaded` when the
+        connection has no stream id left. Nothing was queued then.
         """
         peer = self.peer
         assert peer is not None, "open() before the peer's HELLO"
@@ -212,17 +226,20 @@ class ClientSession(Session):
             raise UsageError(f"the request has {len(envelope.payload)} bytes, the instance accepts {peer.limits.request}")
         if len(self.streams) + len(self.killed) >= peer.limits.streams:
             raise Overloaded(f"all {peer.limits.streams} streams of the connection are in use", instance=receiver.instance)
-        head = _encode_head((path, envelope.id, envelope.metadata, envelope.headers, envelope.deadline))
+        try:
+            head = _encode_head((path, envelope.id, envelope.metadata, envelope.headers, envelope.deadline))
+        except _ENCODE_ERRORS as error:
+            raise UsageError(f"request id, metadata or headers cannot be written as JSON: {error}") from error
         if len(head) > _MAX_HEAD:
             raise UsageError(f"request id, metadata and headers have {len(head)} bytes, allowed are {_MAX_HEAD}")
         number = self._number()
         window = self._budget.window()
         stream = self.streams[number] = ClientStream(self, number, receiver, window)
         body = b"".join((_OPENING(window, len(head)), head, envelope.payload))
-        if len(body) <= MAX_PAYLOAD:
+        if len(body) <= MAX_PAYLOAD and self.outgoing.writable:
             self.outgoing.control(pack_header(len(body), OPEN, 0, 0, number) + body)
         else:
-            stream.send_large(body)
+            stream.send_later(body)
         receiver.phase = Phase.ACCEPT
         return stream
 
@@ -246,14 +263,20 @@ class ClientSession(Session):
                 stream.items(flags, count, payload)
                 self.forget(stream)
                 stream.receiver.finish()
+                if self.killed:  # its items may have been refused by their reader
+                    self.killed.discard(number)
             else:
                 stream.items(flags, count, payload)
         elif kind == END:
+            if stream.in_mid_item and not payload:
+                raise PeerProtocolError(f"stream {number} ended in the middle of an item")
             self.forget(stream)
             stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance) if payload else None)
         elif kind == ACCEPT:
             stream.receiver.accept()
         elif kind == REFUSE:
+            if stream.withdraw():
+                self.outgoing.control(frame(KILL, number))  # the worker need not wait for the rest of the request
             self.forget(stream)
             stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance))
         elif kind != CREDIT:
@@ -265,18 +288,19 @@ class ClientSession(Session):
             stream.release(self._budget)
 
     def kill(self, stream: ClientStream) -> None:
-        """The stream is over for us; its id stays taken until the worker's END."""
+        """The stream is over for us; its id stays taken until the worker's END, unless nothing of the request had left."""
         if stream.number in self.streams:
             self.forget(stream)
-            self.killed.add(stream.number)
-            self.outgoing.control(frame(KILL, stream.number))
+            if stream.withdraw() is not False:
+                self.killed.add(stream.number)
+                self.outgoing.control(frame(KILL, stream.number))
 
     def went_away(self, goaway: Goaway) -> None:
-        """A draining worker answers what is open; one that saw broken bytes answers nothing more."""
-        if self._away is not None:
-            self._away()
-        if goaway.code == "protocol":
+        """A draining worker answers what is open; one that saw broken bytes or is full answers nothing more."""
+        if not goaway.drains:
             self.close(f"the worker closed the connection: {goaway.reason}")
+        elif self._away is not None:
+            self._away()
 
     def close(self, reason: str) -> None:
         """The connection is over: cut every stream."""

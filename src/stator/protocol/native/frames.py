@@ -15,6 +15,7 @@ __all__ = [
     "HELLO",
     "ITEMS",
     "KILL",
+    "KINDS",
     "LAST",
     "MAX_PAYLOAD",
     "MORE",
@@ -30,9 +31,10 @@ __all__ = [
 
 # Plain integers, not an enum: they are compared for every frame.
 HELLO, OPEN, ACCEPT, REFUSE, ITEMS, END, CREDIT, STOP, KILL, PING, PONG, GOAWAY = range(1, 13)
+KINDS = range(HELLO, GOAWAY + 1)
 
 MORE = 0x01
-"""flag: the message goes on in the next frame of this kind and stream"""
+"""flag: the message goes on in the next frame of this kind and stream; a frame with it is full (`MAX_PAYLOAD`)"""
 LAST = 0x02
 """flag of ITEMS: the stream is complete after this frame; stands for the END that would follow"""
 CRITICAL = 0x80

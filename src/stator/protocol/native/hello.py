@@ -1,26 +1,32 @@
 """HELLO and GOAWAY: what the two ends of a native connection tell each other about themselves (`docs/native-plane.md §4, §9`)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from stator.errors import ConnectFailed, PeerProtocolError
 from stator.protocol.native.frames import MAX_PAYLOAD
+from stator.protocol.native.problem import sendable
 
 __all__ = ["VERSION", "Goaway", "Hello", "Limits", "read_goaway", "read_hello"]
 
 VERSION = 1
 
 _MAX_HELLO = 4096
+_MAX_REASON = 500
+
+_Amount = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the sender of a HELLO accepts: bytes of a frame's payload, of one item, of one request; streams open at once."""
+    """What the sender of a HELLO accepts: bytes of a frame's payload (in version 1 not less than 65 536), of one item, of one request;
+    streams open at once.
+    """
 
-    frame: int = MAX_PAYLOAD
-    item: int = 128 * 1024 * 1024
-    request: int = 32 * 1024 * 1024
-    streams: int = 65536
+    frame: Annotated[int, msgspec.Meta(ge=MAX_PAYLOAD)] = MAX_PAYLOAD
+    item: _Amount = 128 * 1024 * 1024
+    request: _Amount = 32 * 1024 * 1024
+    streams: _Amount = 65536
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,21 +47,33 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
         """The version both speak; `ConnectFailed` when there is none, or no common codec."""
         version = min(self.versions[1], peer.versions[1])
         if version < max(self.versions[0], peer.versions[0]):
-            raise ConnectFailed(f"no common version of the native plane: ours {self.versions}, the peer's {peer.versions}")
+            raise ConnectFailed(
+                f"no common version of the native plane: ours {self.versions}, the peer's {peer.versions}", phase="connect"
+            )
         if not set(self.codecs) & set(peer.codecs):
-            raise ConnectFailed(f"no common codec on the native plane: ours {self.codecs}, the peer's {peer.codecs}")
+            raise ConnectFailed(
+                f"no common codec on the native plane: ours {self.codecs}, the peer's {peer.codecs}", phase="connect"
+            )
         return version
 
 
 class Goaway(msgspec.Struct, frozen=True, kw_only=True):
-    """Nothing new on this connection: the last stream taken, and why."""
+    """Nothing new on this connection: the last stream taken, and why. Code `unavailable` is a worker that drains; any other code means
+    that the connection ends now.
+    """
 
     last: int = 0
     code: str = "unavailable"
     reason: str = ""
 
+    @property
+    def drains(self) -> bool:
+        """Whether open streams may still finish."""
+        return self.code == "unavailable"
+
     def encode(self) -> bytes:
-        return msgspec.json.encode(self)
+        """As JSON; the reason is cut at 500 characters."""
+        return msgspec.json.encode(msgspec.structs.replace(self, reason=sendable(self.reason, _MAX_REASON)))
 
 
 _hello = msgspec.json.Decoder(Hello)

@@ -6,7 +6,13 @@ import msgspec
 
 from stator.errors import ConfigError
 
-__all__ = ["Liveness", "LivenessLimits", "Verdict"]
+__all__ = ["CLIENT_LIMITS", "WORKER_LIMITS", "Liveness", "LivenessLimits", "Verdict"]
+
+_LOOK_BUSY = 0.1
+"""seconds between looks at a connection with streams, at most"""
+
+_LOOK_IDLE = 1.0
+"""the same without streams"""
 
 
 class LivenessLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +52,11 @@ class Verdict(Enum):
 class Liveness:
     """The judgement of one connection. Every method takes `now` in seconds of one clock; `judge` is called every tick of the wheel."""
 
-    __slots__ = ("_heard", "_idle_since", "_limits", "_pinged", "_pulse", "_tick", "suspect")
+    __slots__ = ("_asking", "_heard", "_idle_since", "_limits", "_pinged", "_pulse", "_tick", "suspect")
 
     def __init__(self, limits: LivenessLimits, now: float) -> None:
         self._limits = limits
+        self._asking: float | None = None
         self._heard = now
         self._tick = now
         self._idle_since = now
@@ -57,10 +64,15 @@ class Liveness:
         self._pulse = float("-inf")
         self.suspect = False
 
+    def look_again(self, streams: int) -> float:
+        """Seconds until `judge` wants to be called again; much shorter than what it takes for a gap in which we were away."""
+        silence = self._limits.silence
+        return min(_LOOK_BUSY, silence / 4) if streams else min(_LOOK_IDLE, silence / 2)
+
     def heard(self, now: float) -> bool:
         """Bytes arrived. True when this ends a suspicion."""
         self._heard = now
-        self._pinged = None
+        self._pinged = self._asking = None
         recovered, self.suspect = self.suspect, False
         return recovered
 
@@ -69,16 +81,18 @@ class Liveness:
         self._pulse = now
 
     def judge(self, now: float, *, streams: int) -> Verdict:
-        """What to do now. A gap since the last call means that we ourselves were away: silence is counted anew from here."""
+        """What to do now. A gap of more than `silence` since the last call means that we ourselves were away: silence is counted anew
+        from here. A suspicion outlives the streams: only hearing something ends it.
+        """
         limits = self._limits
         if now - self._tick > limits.silence:
             self._heard = now
-            self._pinged = None
+            self._pinged = self._asking = None
         self._tick = now
         if streams:
             self._idle_since = now
             return self._judge_busy(now)
-        self.suspect = False
+        self._asking = None
         if now - self._idle_since >= limits.idle_close:
             return Verdict.IDLE
         if now - self._heard >= limits.idle_ping and self._pinged is None:
@@ -98,8 +112,11 @@ class Liveness:
         waited = now - self._pinged
         if waited < limits.answer:
             return Verdict.FINE
+        if self._asking is None:
+            self._asking = now
         patience = limits.dead - limits.silence
-        if waited >= patience and now - self._pulse >= patience - limits.answer:
+        # The PING may be of an idle time, in which no pulse was asked: the pulse gets its time all the same.
+        if waited >= patience and now - max(self._asking, self._pulse) >= patience - limits.answer:
             return Verdict.DEAD
         self.suspect = True
         return Verdict.SUSPECT

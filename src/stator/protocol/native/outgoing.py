@@ -134,6 +134,16 @@ class Sender:
             self.outgoing.ready(self)
         return len(parts)
 
+    def take_back(self, *, above: int) -> int:
+        """Unqueue the item pushed last if it has more than `above` bytes; returns its size, or 0 if it stays."""
+        parts = self._parts
+        if not parts or len(parts[-1]) <= above:
+            return 0
+        size = len(parts.pop())
+        self._size -= size + 1
+        self.credit += size + 1 + ITEM_OVERHEAD
+        return size
+
     def finish(self, end: bytes) -> None:
         """Queue the END behind the items; `end` is its payload, empty for a complete stream."""
         self._end = end
@@ -223,7 +233,7 @@ class Sender:
 
 
 class RequestSender:
-    """An OPEN message larger than one frame, on its way out piece by piece."""
+    """An OPEN message larger than one frame, or one that a paused transport held up, on its way out piece by piece."""
 
     __slots__ = ("_body", "_offset", "number", "queued")
 
@@ -244,4 +254,6 @@ class RequestSender:
         self._offset += len(piece)
         self.queued = self._offset < len(self._body)
         out.append(frame(OPEN, self.number, piece, flags=MORE if self.queued else 0))
+        if not self.queued:
+            self._body = b""
         return len(piece)

@@ -1,12 +1,13 @@
 """The answering end: takes OPENs to their endpoint, sends items and ends under the client's credit."""
 
+import logging
 from collections.abc import Callable
 from struct import Struct
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from stator.errors import Cancelled, Overloaded, PeerProtocolError, StatorError, Unavailable
+from stator.errors import Cancelled, EngineError, Overloaded, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.frames import CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame
@@ -19,6 +20,9 @@ from stator.protocol.values import decode_value
 
 __all__ = ["ServerSession", "ServerStream"]
 
+logger = logging.getLogger(__name__)
+
+_MOST_CREDIT = 2**32 - 1
 _OPENING = Struct(">IH")
 _CREDIT = Struct(">I")
 _Head = tuple[str, str, dict[str, str], dict[str, str], float | None]
@@ -44,6 +48,12 @@ class ServerStream(Sender):
         self.dead = False
         """nothing more leaves: ended, refused, killed or cut"""
         self._session = session
+
+    def take_back_oversized(self) -> None:
+        """`EngineError` when the item pushed last is larger than the client accepts: it is not sent."""
+        peer = self._session.peer
+        if peer is not None and (size := self.take_back(above=peer.limits.item)):
+            raise EngineError(f"an item has {size} bytes, the caller accepts {peer.limits.item}")
 
     def accept(self) -> None:
         if not self.dead:
@@ -144,12 +154,15 @@ class ServerSession(Session):
                 raise PeerProtocolError(f"CREDIT has {len(payload)} bytes instead of 4")
             if stream is not None:
                 stream.grant(_CREDIT.unpack(payload)[0])
+                if stream.credit > _MOST_CREDIT:
+                    raise PeerProtocolError(
+                        f"stream {number} was granted {stream.credit} bytes in all, allowed are {_MOST_CREDIT}"
+                    )
         elif kind == KILL:
             if stream is not None:
                 stream.cancel()
-            elif number in self._arriving:
-                self._drop_arriving(number)
-                self.outgoing.control(frame(END, number, encode_error(Cancelled("killed by the client"))))
+            else:
+                self._kill_arriving(number)
         elif kind == STOP:
             if stream is not None and stream.control is not None:
                 stream.control.stop()
@@ -165,6 +178,8 @@ class ServerSession(Session):
         if arriving is None and not flags & MORE:
             self._open(number, payload)
             return
+        if flags & MORE and len(payload) != MAX_PAYLOAD:
+            raise PeerProtocolError(f"a fragment of OPEN has {len(payload)} bytes instead of {MAX_PAYLOAD}")
         if arriving is None:
             if self.open_streams >= self.hello.limits.streams:
                 raise PeerProtocolError(f"more than {self.hello.limits.streams} streams")
@@ -172,9 +187,8 @@ class ServerSession(Session):
         if not arriving.refused:
             self._collect(arriving, number, payload)
         if not flags & MORE:
-            refused, body = arriving.refused, b"".join(arriving.parts)
-            self._drop_arriving(number)
-            if not refused:
+            body = b"".join(arriving.parts)
+            if not self._drop_arriving(number).refused:
                 self._open(number, body)
 
     def _collect(self, arriving: _Arriving, number: int, payload: bytes) -> None:
@@ -189,13 +203,21 @@ class ServerSession(Session):
         arriving.parts.append(payload)
         arriving.size += len(payload)
 
-    def _drop_arriving(self, number: int) -> None:
-        self._budget.give(self._arriving.pop(number).size)
+    def _kill_arriving(self, number: int) -> None:
+        if number in self._arriving and not self._drop_arriving(number).refused:  # else REFUSE was its answer
+            self.outgoing.control(frame(END, number, encode_error(Cancelled("killed by the client"))))
+
+    def _drop_arriving(self, number: int) -> _Arriving:
+        arriving = self._arriving.pop(number)
+        self._budget.give(arriving.size)
+        return arriving
 
     def _open(self, number: int, body: bytes) -> None:
         if len(body) < _OPENING.size:
             raise PeerProtocolError(f"OPEN has only {len(body)} bytes")
         credit, head_length = _OPENING.unpack_from(body)
+        if not credit:
+            raise PeerProtocolError("OPEN grants no credit")
         start = _OPENING.size + head_length
         if start > len(body):
             raise PeerProtocolError(f"OPEN announces a head of {head_length} bytes and has {len(body) - _OPENING.size}")
@@ -221,13 +243,22 @@ class ServerSession(Session):
         except StatorError as error:
             stream.refuse(error)
             return
+        except Exception as error:  # whatever a sink does: the other streams of the connection go on
+            logger.exception("request %s could not be taken", id)
+            stream.refuse(StatorError(f"the worker could not take the request: {type(error).__name__}"))
+            return
         stream.control = control
 
+    def greeted(self) -> None:
+        if self.draining:
+            self.say_goodbye(Goaway(last=self.last, reason="draining"))
+
     def drain(self) -> None:
-        """Refuse what comes from now on, and say so."""
+        """Refuse what comes from now on, and say so: at once, or as soon as the client's HELLO is here."""
         if not self.draining:
             self.draining = True
-            self.say_goodbye(Goaway(last=self.last, reason="draining"))
+            if self.peer is not None:
+                self.greeted()
 
     def close(self) -> None:
         """The connection is over: tell every handler."""

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from stator.errors import ConnectFailed, PeerProtocolError, StatorError
+from stator.errors import ConnectFailed, PeerProtocolError, StatorError, Timeout
 from stator.protocol.native.hello import Goaway
 from stator.protocol.native.liveness import Verdict
 from stator.protocol.native.session import Session
@@ -16,11 +16,15 @@ __all__ = ["Connection", "set_no_delay"]
 
 logger = logging.getLogger(__name__)
 
-_JUDGE_EVERY = 0.1
-"""seconds between looks at the liveness of a connection with streams"""
+_MOST_REPLIES = 2 * 1024 * 1024
+"""bytes in a worker's transport at which it stops reading: stream data waits for the transport, so these are answers to frames of a
+client that sends and does not read"""
 
-_JUDGE_IDLE = 1.0
-"""the same without streams"""
+_LOOK = 0.1
+"""seconds between looks at a connection whose HELLO has not arrived"""
+
+_CLOSE_LIMIT = 2.0
+"""seconds in which the other side must take what was written before the close"""
 
 
 def set_no_delay(transport: asyncio.BaseTransport) -> None:
@@ -33,8 +37,10 @@ def set_no_delay(transport: asyncio.BaseTransport) -> None:
 class Connection(asyncio.Protocol):
     """One socket and its session. The owner makes the session with `wake=connection.wake`, then calls `attach`.
 
-    `lost(reason)` is called exactly once when the connection has ended, for whatever reason, after the session was told to forget its
-    streams; `judged(verdict)` after each look at the clock that did not end in FINE, `recovered()` when a suspicion ended.
+    `lost(reason)` is called exactly once when the connection has ended, for whatever reason; `judged(verdict)` after each look at the
+    clock that did not end in FINE, `recovered()` when a suspicion ended. `patience`: seconds until the other side's HELLO must be here.
+
+    A worker that cannot write its answers stops reading (`throttled`); a client always reads, so that the two never wait for each other.
     """
 
     slot: set[Timed] | None = None
@@ -43,9 +49,11 @@ class Connection(asyncio.Protocol):
         self,
         *,
         wheel: DeadlineWheel,
+        patience: float,
         lost: Callable[["Connection", StatorError], None],
         judged: Callable[["Connection", Verdict], None] | None = None,
         recovered: Callable[["Connection"], None] | None = None,
+        throttled: bool = False,
     ) -> None:
         self._wheel = wheel
         self._lost = lost
@@ -55,7 +63,10 @@ class Connection(asyncio.Protocol):
         self._session: Session | None = None
         self._scheduled = False
         self._reason: StatorError | None = None
-        self.on_writable: Callable[[], None] | None = None
+        self._patience = patience
+        self._greet_by = 0.0
+        self._throttled = throttled
+        self._held = False
 
     def attach(self, session: Session) -> None:
         """The session whose bytes this connection carries."""
@@ -70,9 +81,14 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
+        if self._reason is not None:
+            self._transport.abort()
+            return
         set_no_delay(transport)
         self._transport.set_write_buffer_limits(high=0)  # writes go to the kernel at once; what it refuses pauses producers
-        self._wheel.arm(self, self._wheel.now() + _JUDGE_EVERY)
+        now = self._wheel.now()
+        self._greet_by = now + self._patience
+        self._wheel.arm(self, now + _LOOK)
         self.flush()
 
     def data_received(self, data: bytes) -> None:
@@ -98,8 +114,14 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self._session is not None:
             self._session.outgoing.resume()
-            if self.on_writable is not None:
-                self.on_writable()
+        if self._held:
+            self._held = False
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def eof_received(self) -> None:
+        """The other side has ended: nobody reads what still waits here."""
+        self.abort(ConnectFailed("connection closed by the other side"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wheel.disarm(self)
@@ -126,27 +148,51 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or self._session is None or transport.is_closing():
             return
-        data = self._session.outgoing.data_to_send()
+        outgoing = self._session.outgoing
+        data = outgoing.data_to_send()
         if data:
             transport.write(data)
+            if not outgoing.writable and self._throttled and not self._held:
+                self._hold(transport)
+
+    def _hold(self, transport: asyncio.Transport) -> None:
+        if transport.get_write_buffer_size() > _MOST_REPLIES and not transport.is_closing():
+            self._held = True
+            transport.pause_reading()
 
     # -- ending
 
     def refuse(self, error: StatorError) -> None:
-        """Close because of what the peer sent: tell it why, then end."""
-        if self._reason is None:
-            logger.warning("native connection closed: %s", error)
-            if self._session is not None:
-                self._session.say_goodbye(Goaway(code=error.code, reason=error.message[:500]))
-        self.close(error)
+        """Close because of what the peer sent, or did not send: tell it why, then end."""
+        if self._reason is not None:
+            return
+        self._reason = error
+        transport = self._transport
+        if transport is not None and self._session is not None:
+            logger.warning(
+                "native connection with %s closed: %s", transport.get_extra_info("peername") or "a Unix socket", error
+            )
+            code = "no_version" if isinstance(error, ConnectFailed) else error.code
+            self._session.say_goodbye(Goaway(code=code, reason=error.message))
+            self.flush()
+            self._finish(transport)
 
     def close(self, reason: StatorError) -> None:
-        """Write what is queued (bounded by the transport's buffer) and close; `lost` follows in the next loop tick. Idempotent."""
-        if self._reason is None:
-            self._reason = reason
-            self.flush()
-            if self._transport is not None:
-                self._transport.close()
+        """Write what is queued and close; `lost` follows when it has left, at most `_CLOSE_LIMIT` seconds later. Idempotent."""
+        if self._reason is not None:
+            return
+        self._reason = reason
+        transport = self._transport
+        if transport is not None and self._session is not None and not transport.is_closing():
+            outgoing = self._session.outgoing
+            while outgoing:  # bounded by the streams' credit
+                outgoing.writable = True
+                transport.write(outgoing.data_to_send())
+            self._finish(transport)
+
+    def _finish(self, transport: asyncio.Transport) -> None:
+        transport.close()
+        self._wheel.arm(self, self._wheel.now() + _CLOSE_LIMIT)
 
     def abort(self, reason: StatorError) -> None:
         """Close without writing what is queued. Idempotent."""
@@ -162,10 +208,18 @@ class Connection(asyncio.Protocol):
         session = self._session
         if session is None:
             return 0.0
+        if self._reason is not None:
+            self.abort(self._reason)
+            return 0.0
+        if session.peer is None:
+            if now < self._greet_by:
+                return min(now + _LOOK, self._greet_by)
+            self.refuse(Timeout(f"no HELLO within {self._patience} s", phase="connect"))
+            return 0.0
         verdict = session.judge(now)
         if verdict is Verdict.IDLE:
             self.close(ConnectFailed("connection was idle"))
             return 0.0
         if verdict is not Verdict.FINE and self._judged is not None:
             self._judged(self, verdict)
-        return now + (_JUDGE_EVERY if session.open_streams else _JUDGE_IDLE)
+        return now + session.liveness.look_again(session.open_streams)

@@ -22,10 +22,16 @@ class Outbox(ServerStream):
         self._resumed: asyncio.Future[None] | None = None
 
     def send(self, item: Any) -> bool:
-        """Encode and queue one item; False: await `ready()` before the next. Raises `EngineError` for a value without JSON form."""
+        """Encode and queue one item; False: await `ready()` before the next.
+
+        Raises `EngineError` for a value without JSON form and for an item that the client does not accept; nothing was queued then.
+        """
         if self.dead:
             return False
-        return self.push(encode_json(item)) < _YIELD_EVERY and self.credit > 0 and self.outgoing.writable
+        if self.push(encode_json(item)) < _YIELD_EVERY and self.credit > 0 and self.outgoing.writable:
+            return True
+        self.take_back_oversized()  # an item above that limit has always used up the credit
+        return False
 
     async def ready(self) -> None:
         """Let the loop run once; then wait for credit and for the queue to leave. Cancelling it changes nothing."""

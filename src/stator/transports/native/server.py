@@ -6,12 +6,14 @@ import logging
 import os
 import stat
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
-from stator.errors import ConnectFailed, StatorError
+from stator.errors import ConnectFailed, Overloaded, StatorError
 from stator.protocol.native.budget import ByteBudget
-from stator.protocol.native.hello import VERSION, Hello, Limits
+from stator.protocol.native.frames import GOAWAY, frame
+from stator.protocol.native.hello import VERSION, Goaway, Hello, Limits
 from stator.protocol.native.liveness import WORKER_LIMITS, Verdict
 from stator.protocol.native.server import ServerSession
 from stator.protocol.records import EndpointRecord, NativeAddress
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_PATH = 100
 _BACKLOG = 1024
+_CLOSE_LIMIT = 1.0
+"""seconds in which clients must take what was answered before the plane closes"""
 
 
 class NativeServer:
@@ -38,6 +42,8 @@ class NativeServer:
         self._wheel = host.wheel
         self._sinks: dict[str, RequestSink] = {}
         self._sessions: dict[Connection, ServerSession] = {}
+        self._greeting: dict[Connection, None] = {}
+        self._empty = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self._pulse: Pulse | None = None
         self._path = ""
@@ -117,8 +123,7 @@ class NativeServer:
             path, self._path = self._path, ""
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(os.unlink, path)
-        for connection in tuple(self._sessions):
-            connection.close(ConnectFailed("the worker closed its plane"))
+        await self._close_connections(ConnectFailed("the worker closed its plane"))
         for server in self._servers:
             await _closed(server)
         self._servers.clear()
@@ -126,17 +131,33 @@ class NativeServer:
             pulse, self._pulse = self._pulse, None
             await pulse.aclose()
 
+    async def _close_connections(self, reason: StatorError) -> None:
+        """Let what was answered leave, bounded; then cut."""
+        self._empty.clear()
+        for connection in tuple(self._sessions):
+            connection.close(reason)
+        if self._sessions:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_LIMIT):
+                    await self._empty.wait()
+        for connection in tuple(self._sessions):
+            connection.abort(reason)
+
     # -- connections
 
     def _accept(self) -> asyncio.Protocol:
-        connection = Connection(wheel=self._wheel, lost=self._lost, judged=self._judged)
+        if len(self._sessions) >= self._config.connections:
+            return _Full(self._config.connections)
+        connection = Connection(
+            wheel=self._wheel, patience=self._config.connect_timeout, lost=self._lost, judged=self._judged, throttled=True
+        )
         session = ServerSession(
             hello=self._hello,
             limits=WORKER_LIMITS,
             now=self._wheel.now(),
             wake=connection.wake,
             hurry=connection.flush,
-            greeted=lambda: None,
+            greeted=lambda: self._greeting.pop(connection, None),
             budget=self._budget,
             lookup=self._sinks.get,
             make=Outbox,
@@ -145,17 +166,38 @@ class NativeServer:
             session.drain()
         connection.attach(session)
         self._sessions[connection] = session
+        self._greeting[connection] = None
+        if len(self._greeting) > self._config.greeting:
+            oldest = next(iter(self._greeting))
+            del self._greeting[oldest]
+            oldest.abort(ConnectFailed("too many connections wait for a HELLO"))
         return connection
 
     def _lost(self, connection: Connection, reason: StatorError) -> None:
+        self._greeting.pop(connection, None)
         session = self._sessions.pop(connection, None)
+        if not self._sessions:
+            self._empty.set()
         if session is not None:
             session.close()
 
     def _judged(self, connection: Connection, verdict: Verdict) -> None:
         if verdict is Verdict.DEAD:
-            logger.warning("a client was silent for %s s with requests open; closing its connection", WORKER_LIMITS.dead)
+            logger.warning("a client was silent for too long; closing its connection")
             connection.abort(ConnectFailed("the client was silent for too long"))
+
+
+class _Full(asyncio.Protocol):
+    """What a client meets when there are too many connections: a reason, and the end."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        reason = f"the worker holds {self._most} connections, which is as many as it may"
+        writer = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
+        writer.write(frame(GOAWAY, payload=Goaway(code=Overloaded.code, reason=reason).encode()))
+        writer.close()
 
 
 def _join(host: str, port: int) -> str:
