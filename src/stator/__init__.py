@@ -1,7 +1,7 @@
 """Stator: a distributed runtime for LLM inference.
 
-    async with Runtime.connect() as runtime:
-        await runtime.endpoint("demo.backend.generate").serve(generate)
+async with Runtime.connect() as runtime:
+    await runtime.endpoint("demo.backend.generate").serve(generate)
 """
 
 from stator.errors import (
