@@ -221,6 +221,8 @@ async def test_slow_headers_time_out(models: FakeModels, beginning: bytes) -> No
         await raw.send(beginning)
         assert error_of(await raw.answer(), 408)["code"] == "request_timeout"
         assert await raw.read() == b""
+        # Ended, not reset: the server listens a little longer, so that the answer is read.
+        assert len(running.server._runner.server.connections) == 1  # type: ignore[union-attr]  # only tests ask
 
 
 async def test_dripping_headers_time_out(models: FakeModels) -> None:

@@ -128,6 +128,7 @@ async def test_the_exact_bytes_of_a_stream(raw: RawClient) -> None:
     assert status == 200
     assert headers["content-type"] == "text/event-stream"
     assert headers["cache-control"] == "no-cache"
+    assert headers["x-accel-buffering"] == "no"
     assert headers["x-request-id"] == request_id
     assert headers["server"] == "stator"
     body = b"".join([chunk async for chunk in raw.chunks()]).decode()
