@@ -32,6 +32,9 @@ __all__ = ["Client"]
 
 _NO_STRINGS: dict[str, str] = {}
 
+_AT_ONCE = 1e-9
+"""seconds left of a deadline that has passed: the request times out when it is opened"""
+
 
 class Client:
     """The callers' side of one endpoint; made by `Endpoint.client`. Cheap: it shares connections, watch and load table with
@@ -123,10 +126,11 @@ class Client:
     def _by(
         self, policy: type[RoundRobin] | type[UniformRandom], request: Any, context: Context | None, options: dict[str, Any]
     ) -> ResponseStream:
-        name = policy.__name__
-        route = self._routes.get((name, True))
+        name, retry = policy.__name__, options.pop("retry", "auto") == "auto"
+        route = self._routes.get((name, retry))
         if route is None:
-            route = self._routes[name, True] = self._route(policy(), ANYWHERE, retry=True)
+            other = self._routes.get((name, not retry))  # one policy object: turns are taken by all of its requests
+            route = self._routes[name, retry] = self._route(other.policy if other else policy(), ANYWHERE, retry=retry)
         patience = self._patience_for(options.pop("timeout", None), options.pop("limits", None))
         id, metadata, headers = (options.pop(key, None) for key in ("id", "metadata", "headers"))
         if options:
@@ -160,8 +164,10 @@ class Client:
             id = context.id if id is None else id
             metadata = context.metadata if metadata is None else metadata
             headers = context.headers if headers is None else headers
-        if id == "":
-            raise UsageError("a request id must not be empty")
+            if context.deadline is not None:
+                patience = patience.within(max(context.deadline - self._services.wheel.now(), _AT_ONCE))
+        if id is not None:
+            _check_id(id)
         try:
             payload = encode_json(request)
         except Exception as error:
@@ -169,8 +175,8 @@ class Client:
         envelope = RequestEnvelope(
             id=id if id is not None else self._services.new_id(),
             payload=payload,
-            metadata=dict(metadata) if metadata else _NO_STRINGS,
-            headers=dict(headers) if headers else _NO_STRINGS,
+            metadata=_strings("metadata", metadata) if metadata else _NO_STRINGS,
+            headers=_strings("headers", headers) if headers else _NO_STRINGS,
             deadline=patience.deadline,
         )
         self._budget.count_request(self._services.wheel.now())
@@ -187,3 +193,21 @@ class Client:
 
     def _attempts(self) -> Attempts:
         return Attempts(self._budget, limit=self._services.routing.attempts)
+
+
+def _check_id(id: str) -> None:
+    """Raises `UsageError` for what cannot be a request id."""
+    try:
+        id.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise UsageError(f"a request id must be a text, got {id!r}") from error
+    if not id:
+        raise UsageError("a request id must not be empty")
+
+
+def _strings(what: str, given: Mapping[str, str]) -> dict[str, str]:
+    """A copy of a map of texts. A worker would take anything else for a broken connection: raises `UsageError`."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(dict(given)), type=dict[str, str])
+    except (msgspec.MsgspecError, TypeError, ValueError) as error:
+        raise UsageError(f"{what} must map texts to texts: {error}") from error

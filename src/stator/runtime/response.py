@@ -2,6 +2,7 @@
 cancels when it is left.
 """
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 import msgspec
 
 from stator.errors import (
+    Cancelled,
     ConnectFailed,
     Disconnected,
     EngineError,
@@ -16,7 +18,6 @@ from stator.errors import (
     StatorError,
     Timeout,
     Unavailable,
-    UsageError,
 )
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.records import EndpointRecord
@@ -28,6 +29,12 @@ from stator.runtime.view import InstanceView
 from stator.transports.inbox import Inbox, Patience
 
 __all__ = ["ResponseStream", "Route"]
+
+logger = logging.getLogger(__name__)
+
+
+_LEAST = 0.001
+"""seconds; a request with less time is not sent"""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,15 +54,16 @@ class ResponseStream:
             async for item in stream: …
 
     Entering the block (or the first `anext`) sends the request and waits until an instance accepted it; leaving it early kills the
-    request at the worker. Errors before the first item are retried on other instances within the retry budget; later ones are raised
-    after the items that arrived before them. One task reads at a time. Cancelling a wait takes nothing from the stream; the request goes
-    on until the block is left.
+    request at the worker, and so does dropping the stream. Errors before the first item are retried on other instances within the
+    retry budget; later ones are raised after the items that arrived before them. One task reads at a time. Cancelling a wait takes
+    nothing from the stream; the request goes on until the block is left.
     """
 
     __slots__ = (
         "_attempts",
         "_candidate",
         "_context",
+        "_deadline",
         "_entered",
         "_envelope",
         "_inbox",
@@ -91,6 +99,7 @@ class ResponseStream:
         self._candidate: Candidate | None = None
         self._inbox: Inbox | None = None
         self._iterator: AsyncIterator[Any] | None = None
+        self._deadline = 0.0
         self._entered = False
         self._stopped = False
         self._over = False
@@ -190,25 +199,33 @@ class ResponseStream:
             self._finish()
             raise error
         self._leave()
-        return await self._open()
+        return await self._open(error)
 
     # -- sending
 
-    async def _open(self) -> Inbox:
-        """Find an instance that accepts the request. Cancelled: the request was withdrawn or killed."""
-        if self._over:
-            raise UsageError("the stream was closed before it was read")
+    async def _open(self, cause: StatorError | None = None) -> Inbox:
+        """Find an instance that accepts the request. Cancelled: the request was withdrawn or killed.
+
+        `cause` is the error of the attempt before; it is what the caller sees when nobody is left to try.
+        """
         while True:
-            if not self._view.records and self._attempts is None:
+            if not self._view.records and cause is None:
                 await self._appear()
-            record = self._choose()
+            if self._over or self._stopped or self._context is not None:
+                unsent = self._unsent()
+                if unsent is not None:
+                    return unsent
+            patience = self._patience if self._patience.deadline is None else self._time_left()
+            record = self._choose(cause)
             inbox = self._inbox = Inbox(
-                wheel=self._services.wheel, patience=self._patience, instance=record.instance_id, item_type=self._item_type
+                wheel=self._services.wheel, patience=patience, instance=record.instance_id, item_type=self._item_type
             )
             try:
+                if self._context is not None:
+                    self._context.subscribe(self._context_ended)
                 await self._services.network.open(record, self._envelope, inbox)
-                if self._context is not None or self._stopped:
-                    self._follow_context()
+                if self._stopped:
+                    inbox.stop()
                 if inbox.phase < Phase.FIRST_ITEM:
                     await inbox.opened()
             except StatorError as error:
@@ -218,15 +235,43 @@ class ResponseStream:
                 raise
             error = inbox.error
             if error is None or inbox.delivered:
-                self._view.availability.mark_success(record.instance_id)
+                if not self._stopped:  # perhaps before anybody heard of it
+                    self._view.availability.mark_success(record.instance_id)
                 return inbox
             self._judge(error, delivered=False)
             if not self._may_retry(error):
                 self._finish()
                 raise error
             self._leave()
+            cause = error
 
-    def _choose(self) -> EndpointRecord:
+    def _unsent(self) -> Inbox | None:
+        """The end of a request that is not sent any more, because it was stopped: nobody has items. Raises `Cancelled` if it was killed."""
+        context = self._context
+        if self._over or (context is not None and context.is_killed):
+            self._over = True
+            raise Cancelled("the request was killed before it was sent")
+        if not self._stopped and (context is None or not context.is_stopped):
+            return None
+        inbox = self._inbox = Inbox(wheel=self._services.wheel, patience=self._patience)
+        inbox.finish()
+        return inbox
+
+    def _time_left(self) -> Patience:
+        """What remains of the time for the whole request, for this attempt. Raises `Timeout` if nothing does."""
+        total, now = self._patience.total, self._services.wheel.now()
+        if not self._deadline:
+            self._deadline = now + total
+        left = self._deadline - now
+        if left < _LEAST:
+            self._over = True
+            raise Timeout("the time for the whole request is over before it could be sent", phase="total")
+        if left >= total:
+            return self._patience
+        self._envelope = msgspec.structs.replace(self._envelope, deadline=left)
+        return self._patience.within(left)
+
+    def _choose(self, cause: StatorError | None) -> EndpointRecord:
         """The record of the instance to try next."""
         route, view = self._route, self._view
         request = route.request
@@ -234,9 +279,12 @@ class ResponseStream:
             request = msgspec.structs.replace(request, excluded=self._attempts.tried)
         try:
             candidate = route.choose(view, route.policy, request)
-        except StatorError:
+        except StatorError as error:
             self._over = True
-            raise
+            if cause is None:
+                raise
+            logger.debug("request %s cannot be tried elsewhere: %s", self.id, error)
+            raise cause from None
         view.occupancy.acquire(candidate)
         self._candidate = candidate
         return view.records[candidate.instance_id]
@@ -244,6 +292,9 @@ class ResponseStream:
     async def _appear(self) -> None:
         """Nobody is listed: wait for an instance, at most `instance_timeout`."""
         timeout = self._services.config.instance_timeout
+        if self._patience.deadline is not None:
+            self._time_left()  # the clock of the whole request runs from here
+            timeout = min(timeout, self._patience.total)
         if timeout or not self._view.synced.is_set():
             try:
                 await self._view.wait_for(1, timeout or 1.0)
@@ -256,6 +307,8 @@ class ResponseStream:
             return False
         if self._attempts is None:
             self._attempts = self._route.attempts()
+        if isinstance(error, EngineError) and error.kind == "EngineShutdown":  # nothing was delivered: as good as a lost worker
+            error = Disconnected(error.message)
         charged = not isinstance(error, Unavailable)
         return self._attempts.again(self.instance_id, error, self._services.wheel.now(), charged=charged)
 
@@ -294,11 +347,13 @@ class ResponseStream:
         """`kill`, for `contextlib.aclosing`."""
         self.kill()
 
-    def _follow_context(self) -> None:
-        if self._context is not None:
-            self._context.subscribe(self._context_ended)
-        if self._stopped and self._inbox is not None:
-            self._inbox.stop()
+    def __del__(self) -> None:
+        """A stream that was dropped while it ran, or before its end was read, holds a worker and its count. Any thread may get here."""
+        inbox = self._inbox
+        if inbox is not None and not self._over:
+            loop = self._services.wheel.loop
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_abandon, inbox, self._view, self._candidate)
 
     def _context_ended(self, killed: bool) -> None:
         if killed:
@@ -321,6 +376,12 @@ class ResponseStream:
             candidate = self._candidate
             self._leave()
             self._candidate = candidate
+
+
+def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None) -> None:
+    inbox.kill()
+    if candidate is not None:
+        view.occupancy.release(candidate)
 
 
 _ENDED = Phase.ENDED

@@ -35,16 +35,17 @@ class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ConfigError(f"limit {name} must be a positive number of seconds or None, got {value!r}")
 
 
 class Patience:
     """`PhaseLimits` made ready for use: computed once per client, not once per request."""
 
-    __slots__ = ("by_phase", "deadline", "look_every", "total")
+    __slots__ = ("by_phase", "deadline", "limits", "look_every", "total")
 
     def __init__(self, limits: PhaseLimits) -> None:
+        self.limits = limits
         given = (limits.connect, limits.accept, limits.call_home, limits.prologue, limits.first_item, limits.items, None)
         self.by_phase = tuple(_NEVER if limit is None else limit for limit in given)
         """seconds, by phase"""
@@ -53,6 +54,10 @@ class Patience:
         self.total = _NEVER if limits.total is None else limits.total
         self.look_every = min(*self.by_phase, self.total, _LOOK_AT_LEAST)
         """seconds between looks at a stream: no limit is noticed later than this"""
+
+    def within(self, seconds: float) -> "Patience":
+        """The same, with at most `seconds` (above 0) for the whole request."""
+        return Patience(msgspec.structs.replace(self.limits, total=min(seconds, self.total)))
 
 
 class StreamLink(Protocol):
