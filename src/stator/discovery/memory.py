@@ -131,8 +131,6 @@ class MemoryDiscovery:
             raise UsageError("the discovery is not open; enter it with `async with`")
 
 
-def open_memory(
-    config: MemoryDiscoveryConfig | None = None, *, clock: Clock, random: Random, store: MemoryStore | None = None
-) -> MemoryDiscovery:
-    """A discovery to be entered with `async with`. Runtimes that shall see each other are given the same `store`."""
-    return MemoryDiscovery(store if store is not None else MemoryStore(), clock=clock, random=random)
+def open_memory(config: MemoryDiscoveryConfig, *, clock: Clock, random: Random) -> MemoryDiscovery:
+    """A discovery of its own, to be entered with `async with`. To share one, make several `MemoryDiscovery` on one `MemoryStore`."""
+    return MemoryDiscovery(MemoryStore(), clock=clock, random=random)

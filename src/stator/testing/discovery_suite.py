@@ -4,7 +4,7 @@
         @asynccontextmanager
         async def cluster(self):
             store = MemoryStore()
-            yield lambda: open_memory(store=store, clock=SystemClock(), random=Random())
+            yield lambda: MemoryDiscovery(store, clock=SystemClock(), random=Random())
 
 Backends whose records are bytes that anybody may write subclass `StoredDiscoverySuite`, which adds foreign and broken records.
 """
