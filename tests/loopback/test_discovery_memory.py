@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from random import Random
 
 from stator.discovery import MemoryStore, open_memory
+from stator.discovery.memory import MemoryDiscovery, MemoryDiscoveryConfig
 from stator.protocol.records import EndpointRecord, Query
 from stator.tasks import SystemClock
 from stator.testing.discovery_suite import Connect, DiscoverySuite, endpoint_record
