@@ -64,7 +64,7 @@ class World:
             new_id=RequestIds(random),
             closing=asyncio.Event(),
             views={},
-            served=set(),
+            served={},
         )
         self.view = InstanceView(ENDPOINT, routing, self.wheel.now, self.services.network.forget)
         self.services.views[ENDPOINT] = self.view

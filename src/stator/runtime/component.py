@@ -83,7 +83,8 @@ class Endpoint:
         """Begin to serve; the caller ends it (`ServedEndpoint.finish`). On return requests are taken and the record is listed.
 
         `handler` is an async generator function of `(request)` or `(request, context)`, or an engine. Raises `UsageError` for anything
-        else, `ConnectFailed` when no address can be bound, `Unavailable` when discovery cannot be written to.
+        else and for an endpoint name that this runtime serves already, `ConnectFailed` when no address can be bound, `Unavailable` when
+        discovery cannot be written to.
         """
         device = device_type if device_type is not None else settings.device_type()
         return await ServedEndpoint.start(self._services, self.id, generate_function(handler), device_type=device)
@@ -103,6 +104,8 @@ class Endpoint:
 
     async def serve(self, handler: Handler | Engine, *, device_type: str | None = None) -> None:
         """Serve until the runtime shuts down, then drain. Cancelling it stops at once: running requests are killed."""
+        if self._services.closing.is_set():
+            return
         async with self.serving(handler, device_type=device_type):
             await self._services.closing.wait()
 

@@ -52,7 +52,8 @@ class Runtime:
         random: Random | None = None,
         **overrides: Any,
     ) -> "AsyncGenerator[Runtime, None]":
-        """Join the cluster inside the block; leaving it drains what is served, leaves discovery and closes every connection.
+        """Join the cluster inside the block; leaving it drains what is served, leaves discovery and closes every connection. Left by
+        an exception or cancelled, it does not wait for running requests.
 
         Settings: arguments > `STATOR_*` > `DYN_*` > the file named by `STATOR_CONFIG` > defaults. Arguments are fields of
         `RuntimeConfig`, or `section__field` for another section (`native__port=7000`). `discovery` and `plane` may also be shared
@@ -99,21 +100,24 @@ class Runtime:
                 clock=clock,
                 random=random,
                 new_id=RequestIds(random),
-                closing=shutdown_event(),
+                closing=asyncio.Event(),
                 views=views,
-                served=set(),
+                served={},
             )
+            program = shutdown_event()
+            if program is not None:  # the end of one runtime is not the end of the program, the other way round it is
+                scope.spawn(_follow(program, services.closing), name="signals")
             runtime = cls(services)
-            stack.push_async_callback(runtime._leave)
+            stack.push_async_exit(runtime._leave)
             yield runtime
 
-    async def _leave(self) -> None:
-        """Drain what is still served."""
+    async def _leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Drain what is still served; end it at once when the block was left by an exception."""
         self.shutdown()
-        self._services.network.drain()
+        timeout = self._services.config.shutdown_timeout if kind is None else 0.0
         async with asyncio.TaskGroup() as group:
-            for served in tuple(self._services.served):
-                group.create_task(served.finish(self._services.config.shutdown_timeout))
+            for served in tuple(self._services.served.values()):
+                group.create_task(served.finish(timeout))
 
     # -- names
 
@@ -174,6 +178,11 @@ def _settings(own: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[Runt
     """Reads the disk: the settings file, and what is installed."""
     check_settings()
     return settings.load(RuntimeConfig, own), settings.load(RoutingConfig, _of_section("routing", sections))
+
+
+async def _follow(program: asyncio.Event, closing: asyncio.Event) -> None:
+    await program.wait()
+    closing.set()
 
 
 def _planes(plane: str | MemoryNetwork | None, config: RuntimeConfig) -> PlaneChoice:

@@ -9,6 +9,7 @@ import msgspec
 
 from stator.clock import Clock
 from stator.discovery.interface import Discovery
+from stator.errors import UsageError
 from stator.protocol.ids import EndpointId
 from stator.routing import RoutingConfig
 from stator.runtime.config import RuntimeConfig
@@ -35,7 +36,10 @@ class RequestIds:
 
 
 class Servable(Protocol):
-    """A served endpoint, as shutting down sees it."""
+    """A served endpoint, as the others of its runtime and shutting down see it."""
+
+    @property
+    def listed(self) -> bool: ...
 
     async def finish(self, timeout: float) -> None: ...
 
@@ -55,13 +59,15 @@ class Services(msgspec.Struct, kw_only=True):
     closing: asyncio.Event
     """set when shutdown begins"""
     views: dict[EndpointId, InstanceView]
-    served: "set[Servable]"
-    """what this process serves"""
+    served: "dict[str, Servable]"
+    """what this process serves, by the path that requests name"""
 
     def view(self, endpoint: EndpointId) -> InstanceView:
         """The instances of an endpoint: one watch and one occupancy table for all clients of the process."""
         view = self.views.get(endpoint)
         if view is None:
+            if self.scope.closed:
+                raise UsageError("the runtime has left its cluster; connect again")
             view = InstanceView(endpoint, self.routing, self.wheel.now, self.network.forget)
             self.views[endpoint] = view
             self.scope.spawn(view.follow(self.discovery), name=f"watch {endpoint}")

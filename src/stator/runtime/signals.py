@@ -18,9 +18,9 @@ T = TypeVar("T")
 _shutdown: ContextVar[asyncio.Event | None] = ContextVar("stator_shutdown", default=None)
 
 
-def shutdown_event() -> asyncio.Event:
-    """What a runtime connected here waits for: the program's signal under `run`, an event of its own elsewhere."""
-    return _shutdown.get() or asyncio.Event()
+def shutdown_event() -> asyncio.Event | None:
+    """Set at the first signal of a program under `run`; None elsewhere."""
+    return _shutdown.get()
 
 
 def new_event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
