@@ -119,7 +119,7 @@ class _Service:
         async with Scope("serve") as scope:
             supervisor.start([*self._workers, *self._frontends], scope)
             failed = scope.spawn(supervisor.gave_up(), name="failure")
-            ended = scope.spawn(shutdown_event().wait(), name="signal")
+            ended = scope.spawn((shutdown_event() or asyncio.Event()).wait(), name="signal")
             scope.spawn(self._greet(), name="greeting")
             try:
                 await asyncio.wait((failed, ended), return_when=asyncio.FIRST_COMPLETED)

@@ -5,8 +5,9 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from random import Random
+from typing import BinaryIO
 
 from stator.cli.supervision import News, NewsKind, read_news
 from stator.tasks import Backoff, Scope
@@ -77,26 +78,36 @@ class Child:
     async def _run_once(self) -> int:
         """Start it and wait for its end. Nothing of it is left afterwards, nor of what it started itself."""
         self._failure = ""
-        process = self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=self._environment,
-            start_new_session=True,
-        )
-        try:
-            async with Scope(self.name, close_timeout=_LAST_WORDS) as scope:
-                assert process.stdout is not None
-                listening = scope.spawn(self._listen(process.stdout), name="news")
-                status = await process.wait()
-                await asyncio.wait((listening,), timeout=_LAST_WORDS)
-            return status
-        finally:
-            _kill_group(process.pid)
-            await process.wait()
-            self._process = None
+        async with Scope(self.name, close_timeout=_LAST_WORDS) as scope:
+            with closing(_Pipes()) as pipes:
+                process = self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=pipes.life_of_child,
+                    stdout=pipes.news_of_child,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+                try:
+                    pipes.started()
+                    listening = scope.spawn(self._listen(pipes.news), name="news")
+                    status = await process.wait()
+                    _kill_group(process.pid)
+                    await asyncio.wait((listening,), timeout=_LAST_WORDS)
+                    return status
+                finally:
+                    _kill_group(process.pid)
+                    await process.wait()
+                    self._process = None
 
-    async def _listen(self, stream: asyncio.StreamReader) -> None:
+    async def _listen(self, news: BinaryIO) -> None:
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), news)
+        try:
+            await self._hear(reader)
+        finally:
+            transport.close()
+
+    async def _hear(self, stream: asyncio.StreamReader) -> None:
         async for news in read_news(stream):
             if news.kind is NewsKind.FAILED:
                 self._failure = news.text  # shown when the process has ended, with what happens next
@@ -118,6 +129,30 @@ class Child:
         """End it, and what it started itself."""
         if self._process is not None:
             _kill_group(self._process.pid)
+
+
+class _Pipes:
+    """A child's standard input, by which it sees that we live, and its standard output, by which it tells news.
+
+    Not asyncio's own: with those, waiting for a child also waits for all that inherited them.
+    """
+
+    def __init__(self) -> None:
+        self.life_of_child, self._life = os.pipe()
+        read, self.news_of_child = os.pipe()
+        self.news = os.fdopen(read, "rb", 0)
+        self._of_child = [self.life_of_child, self.news_of_child]
+
+    def started(self) -> None:
+        """The child has its ends; ours of them are closed."""
+        while self._of_child:
+            os.close(self._of_child.pop())
+
+    def close(self) -> None:
+        """The child, if it still runs, sees the end of its input."""
+        self.started()
+        os.close(self._life)
+        self.news.close()
 
 
 class Supervisor:

@@ -72,12 +72,13 @@ class _Process:
 
     def progress(self, text: str) -> None:
         """What the start is waiting for, and "ready"."""
-        if not self._supervised:
-            logger.info("%s", text)
-        elif text == "ready" and self._worker is not None:
-            tell(NewsKind.READY, self._worker.served_name)
-        else:
+        if text == "ready":
+            if self._supervised and self._worker is not None:
+                tell(NewsKind.READY, self._worker.served_name)
+        elif self._supervised:
             tell(NewsKind.PROGRESS, text)
+        else:
+            logger.info("%s", text)
 
     def failed(self, reason: str) -> None:
         """Why the start failed."""
