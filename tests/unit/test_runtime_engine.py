@@ -98,6 +98,13 @@ async def test_parameters_with_defaults_and_keywords_are_left_alone() -> None:
     assert await items_of(generate_function(handler)(1, Context("r"))) == [True]
 
 
+async def test_a_second_parameter_with_a_default_is_the_handlers_own() -> None:
+    async def handler(request: Any, voice: str = "alto") -> AsyncIterator[Any]:
+        yield voice
+
+    assert await items_of(generate_function(handler)(1, Context("r"))) == ["alto"]
+
+
 async def test_a_function_of_anything_gets_both() -> None:
     async def handler(*arguments: Any) -> AsyncIterator[Any]:
         yield len(arguments)

@@ -13,7 +13,7 @@ Generate = Callable[[Any, Context], AsyncIterator[Any]]
 """`(request, context)` → items"""
 
 Handler = Callable[..., AsyncIterator[Any]]
-"""an async generator function of `(request)` or `(request, context)`"""
+"""an async generator function of `(request)` or `(request, context)`; a second parameter with a default counts only if it has that name"""
 
 
 @runtime_checkable
@@ -72,11 +72,20 @@ def generate_function(handler: Handler | Engine) -> Generate:
     for each in (function, code):
         if inspect.iscoroutinefunction(each) or inspect.isgeneratorfunction(each):
             raise UsageError(f"{function!r} is no async generator; a handler must yield its items (async def with yield)")
-    if _accepts(function, 2):
+    if _accepts(function, 2) and _wants_context(function):
         return function
     if _accepts(function, 1):
         return lambda request, context: function(request)
     raise UsageError(f"{function!r} cannot be called with (request) or (request, context)")
+
+
+def _wants_context(function: Callable[..., Any]) -> bool:
+    """Whether the second argument is meant for the context: not if it has a default and another name, as bound loop variables have."""
+    try:
+        second = list(inspect.signature(function).parameters.values())[1:2]
+    except ValueError:
+        return True
+    return not second or second[0].default is inspect.Parameter.empty or second[0].name in ("context", "_context")
 
 
 def _accepts(function: Any, count: int) -> bool:
