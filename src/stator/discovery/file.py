@@ -53,18 +53,24 @@ class FileDiscovery:
         return self._status
 
     async def register(self, record: Record) -> bool:
-        abandoned = False
+        abandoned = False  # nobody waits any more: what failed for the caller must not happen later
+
+        def publish(store: FileStore) -> bool:
+            created = not abandoned and store.publish(record)
+            if created and abandoned:
+                created = not store.withdraw(record.key)
+            return created
 
         def registered(future: asyncio.Future[bool]) -> None:
             if future.cancelled() or future.exception() is not None or not future.result():
                 return
-            if abandoned:
-                self._submit(lambda store: store.withdraw(record.key))
-            else:
+            if not abandoned:
                 self._owned[record.key] = record
+            elif self._keeper is not None:
+                self._submit(lambda store: store.withdraw(record.key))
 
         try:
-            return await self._answer(self._submit(lambda store: store.publish(record), registered))
+            return await self._answer(self._submit(publish, registered))
         except TimeoutError as error:
             abandoned = True
             raise Unavailable(f"cannot register {record.key}: {self._status.reason}") from error
