@@ -2,7 +2,7 @@
 
 import asyncio
 import statistics
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -155,15 +155,15 @@ async def test_leaving_early_ends_the_handler_soon(cluster: Cluster, how: str) -
     client = await cluster.client()
     delays: list[float] = []
     for number in range(1, 12):
-        left = await _leave_early(client.generate(None), how)
+        left = await _leave_early(client.generate(None), how, lambda number=number: len(worker.contexts) == number)
         await eventually(lambda number=number: len(worker.ended) == number, what="the handler was cancelled")
         delays.append(worker.ended[-1] - left)
     assert statistics.median(delays) < CANCEL_WITHIN
     assert all(context.is_killed for context in worker.contexts)
 
 
-async def _leave_early(stream: Any, how: str) -> float:
-    """Read one item, leave; when that was."""
+async def _leave_early(stream: Any, how: str, running: Callable[[], bool]) -> float:
+    """Read one item, or wait until the handler is `running`, and leave; when that was."""
     clock = asyncio.get_running_loop().time
     match how:
         case "block":
@@ -183,8 +183,7 @@ async def _leave_early(stream: Any, how: str) -> float:
             await anext(stream)
         case _:
             task = asyncio.ensure_future(stream.collect())
-            await eventually(lambda: stream.instance_id != 0)
-            await asyncio.sleep(0.01)
+            await eventually(running)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
