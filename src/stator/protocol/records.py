@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import PeerProtocolError
+from stator.errors import PeerProtocolError, UsageError
 from stator.protocol.ids import EndpointId, format_instance_id, parse_instance_id
 
 __all__ = [
@@ -173,6 +173,8 @@ def encode_record(record: Record) -> bytes:
 def decode_record(data: bytes) -> Record:
     """Read a record; `PeerProtocolError` says what does not fit. Unknown fields are ignored."""
     try:
-        return _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        record = _decoder.decode(data)
+        format_instance_id(record.instance_id)
+        return record
+    except (msgspec.MsgspecError, ValueError, RecursionError, UsageError) as error:
         raise PeerProtocolError(f"discovery record cannot be read: {error}") from error
