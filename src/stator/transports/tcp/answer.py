@@ -27,8 +27,8 @@ _RETRY_DIAL = 0.2
 """seconds before the next try when this host has no free port (`spec/10 §3.8`)"""
 
 _FIRST_LOOK = 0.1
-_NEXT_LOOK = 5.0
-"""seconds from a client's FIN to the first look whether it is still there, and between looks"""
+_RAREST_LOOK = 5.0
+"""seconds from a client's FIN to the first look whether it is still there; each next one is twice as far, up to the second"""
 
 _TCP_CLOSE = 7
 
@@ -71,6 +71,7 @@ class Answer(asyncio.Protocol):
         self._ended = False
         self._accepted = False
         self._client_shut = False
+        self._look = _FIRST_LOOK
 
     # -- dialling
 
@@ -234,7 +235,8 @@ class Answer(asyncio.Protocol):
             self.abort()
             return 0.0
         self._probe()
-        return now + _NEXT_LOOK
+        self._look = min(2 * self._look, _RAREST_LOOK)
+        return now + self._look
 
     # -- ends
 
