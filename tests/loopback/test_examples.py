@@ -22,7 +22,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @contextmanager
 def process(arguments: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    started = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         yield started
     finally:
