@@ -13,7 +13,7 @@ FILES ?= tests
 .PHONY: serve test test-parallel test-alone check bench interop flaky soak clean format
 
 serve: $(VENV)/.serve
-	@$(BIN)/stator serve --engine echo --workers 2 --port 0
+	@$(BIN)/stator serve --engine echo --workers 2 --port 0 --isolated
 
 test: $(VENV)/.test $(VENV)/.torch $(REFERENCE)/.ready
 	$(PYTEST) -n $(XDIST) --dist loadfile -m "not load and not soak" tests

@@ -10,7 +10,7 @@ The cases go through the runtime's own serving driver and inboxes, so that what 
 import asyncio
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -159,7 +159,7 @@ class PlaneSuite(ABC):
         ...
 
     @asynccontextmanager
-    async def serving(self, handler: Handler, endpoint: str = "generate") -> AsyncIterator[Caller]:
+    async def serving(self, handler: Handler, endpoint: str = "generate") -> AsyncGenerator[Caller, None]:
         wheel = DeadlineWheel(asyncio.get_running_loop(), resolution=0.02)
         async with self.pair() as pair:
             caller = Caller(pair, wheel, handler, endpoint)
