@@ -10,7 +10,7 @@ ENDPOINT = EndpointId("demo", "backend", "generate")
 
 
 def view(count: int = 3, config: RoutingConfig | None = None) -> Availability:
-    availability = Availability(ENDPOINT, config)
+    availability = Availability(ENDPOINT, config or RoutingConfig(overloaded_for=5.0))
     availability.update(Occupancy().update(dict.fromkeys(range(1, count + 1), "cuda")))
     return availability
 
@@ -99,6 +99,16 @@ def test_overload_expires() -> None:
         availability.free(1.5)
     assert ids(availability.free(3.0)) == [2]
     assert ids(availability.free(5.0)) == [1, 2]
+
+
+def test_a_request_that_ends_makes_room() -> None:
+    availability = view(2)
+    availability.mark_overloaded(1, 0.0)
+    availability.mark_inhibited(1, 0.0)
+    availability.mark_room(2)
+    assert ids(availability.free(0.1)) == [2]
+    availability.mark_room(1)
+    assert [row.state for row in availability.explain(0.1)] == ["inhibited", "free"], "it has room, but it also failed"
 
 
 def test_an_overloaded_instance_is_not_a_refuge_while_an_inhibited_one_is() -> None:

@@ -133,6 +133,13 @@ class Availability:
         if (marks := self._marks_of(instance_id)) is not None:
             marks.overloaded_until = now + (self._config.overloaded_for if seconds is None else seconds)
 
+    def mark_room(self, instance_id: int) -> None:
+        """A request there has ended: it may take another one. Costs a look-up when nothing is held against it."""
+        marks = self._marks.get(instance_id)
+        if marks is not None and marks.overloaded_until:
+            marks.overloaded_until = 0.0
+            self._stale_at = _ALWAYS_STALE
+
     def mark_suspect(self, instance_id: int) -> None:
         """It is silent although it has requests; until `clear_suspect` or a success others are preferred."""
         if (marks := self._marks_of(instance_id)) is not None:

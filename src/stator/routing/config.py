@@ -29,8 +29,13 @@ class RoutingConfig(Config, frozen=True, kw_only=True):
     )
     inhibit_most: Annotated[float, Setting(doc="longest avoidance after repeated failures", unit="s", gt=0)] = 60.0
     overloaded_for: Annotated[
-        float, Setting(doc="how long an instance that refused as overloaded is left alone", unit="s", gt=0)
-    ] = 5.0
+        float,
+        Setting(
+            doc="how long an instance that refused as overloaded is left alone, unless a request there ends before",
+            unit="s",
+            gt=0,
+        ),
+    ] = 1.0
     retry_ratio: Annotated[float, Setting(doc="retries allowed per request, on average", ge=0, le=1)] = 0.2
     retry_rate: Annotated[float, Setting(doc="retries allowed per second beside that", ge=0)] = 10.0
     attempts: Annotated[int, Setting(doc="instances that one request may try", ge=1, le=256)] = 16

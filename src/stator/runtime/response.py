@@ -376,6 +376,8 @@ class ResponseStream:
             candidate = self._candidate
             self._leave()
             self._candidate = candidate
+            if candidate is not None and self._inbox is not None and self._inbox.delivered:
+                self._view.availability.mark_room(candidate.instance_id)
 
 
 def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None) -> None:
