@@ -27,6 +27,12 @@ def worker(root: Path, *arguments: str) -> Iterator[StatorProcess]:
         yield process
 
 
+def last_request(process: StatorProcess, count: int) -> int:
+    """The number of the line after the first `count` requests."""
+    places = [place for place, line in enumerate(process.lines) if "prompt tokens" in line]
+    return places[count - 1] + 1 if count else 0
+
+
 def test_models_appear_and_disappear_with_their_workers(tmp_path: Path) -> None:
     environment = {"STATOR_FILE_ROOT": str(tmp_path), "STATOR_FILE_TTL": "2"}
     with StatorProcess("frontend", "--port", "0", environment=environment) as frontend:
@@ -58,8 +64,10 @@ def test_models_appear_and_disappear_with_their_workers(tmp_path: Path) -> None:
                     assert ask("one", f"Grüße {number} 🚀") == f"Grüße {number} 🚀"
                 assert ask("two", "定子") == "定子"
                 for process, count in ((first, 4), (second, 4), (third, 1)):
-                    requests = [line for line in process.lines if "prompt tokens" in line]
-                    assert len(requests) == count, "both namespaces take their turns, the other model none of them"
+                    # both namespaces take their turns, the other model none of them
+                    for number in range(count):
+                        process.wait_for("prompt tokens", since=last_request(process, number))
+                    assert sum("prompt tokens" in line for line in process.lines) == count
 
                 second.send(signal.SIGTERM)
                 assert second.wait() == 0
