@@ -29,6 +29,9 @@ _BACKLOG = 1024
 _AFTER_ERROR = 1.0
 """seconds for final frame and sentinel after an error item, which has ended the stream already"""
 
+_CALLS_ON_THEIR_WAY = 0.5
+"""seconds after the end of a worker's request connection in which its calls may still arrive"""
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 """Closing is a reset, as in the reference: after the sentinel nothing is in flight, before it the worker takes a reset for a kill,
 also when this process dies; and no port has to rest in TIME_WAIT, which costs half of the rate."""
@@ -37,13 +40,15 @@ also when this process dies; and no port has to rest in TIME_WAIT, which costs h
 class ExpectedStream:
     """One request of a client from before it is sent to its end: the inbox's link to the plane."""
 
-    __slots__ = ("_connection", "_inbox", "_listener", "reader", "subject")
+    __slots__ = ("_connection", "_inbox", "home", "line", "reader", "subject")
 
     def __init__(self, listener: "CallHomeListener", inbox: Inbox, codec: Codec, limit: int) -> None:
         self.subject = listener.new_subject()
         self.reader = ResponseReader(inbox, codec=codec, limit=limit)
         self._inbox = inbox
-        self._listener = listener
+        self.home = listener
+        self.line: object = None
+        """the request connection it was sent on"""
         self._connection: CallHomeConnection | None = None
 
     @property
@@ -64,7 +69,7 @@ class ExpectedStream:
     def fail(self, error: StatorError) -> None:
         """No answer will come. A stream whose worker has called home goes on."""
         if self._connection is None:
-            self._listener.forget(self)
+            self.home.forget(self)
             self._inbox.finish(error)
 
     # -- from the call-home connection
@@ -91,7 +96,7 @@ class ExpectedStream:
         if self._connection is not None:
             self._connection.flush()
         else:
-            self._listener.forget(self)
+            self.home.forget(self)
 
     def taken(self) -> None:
         if self.reader.full and self._connection is not None:
@@ -290,6 +295,15 @@ class CallHomeListener:
         """The instance left discovery: what waits for its call will wait in vain."""
         for stream in [stream for stream in self._expected.values() if stream.instance == instance]:
             stream.fail(Disconnected("the instance left discovery before it called home", instance=instance, phase="call home"))
+
+    def line_lost(self, line: object) -> None:
+        """The worker closed a request connection, as it does when its process ends. Calls already on their way may be behind."""
+        if any(stream.line is line for stream in self._expected.values()):
+            self._wheel.loop.call_later(_CALLS_ON_THEIR_WAY, self._fail_sent_on, line)
+
+    def _fail_sent_on(self, line: object) -> None:
+        for stream in [stream for stream in self._expected.values() if stream.line is line]:
+            stream.fail(Disconnected("the worker ended before it called home", instance=stream.instance, phase="call home"))
 
     # -- connections
 

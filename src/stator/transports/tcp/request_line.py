@@ -10,7 +10,7 @@ from stator.errors import ConnectFailed, Disconnected, PeerProtocolError, Stator
 from stator.protocol.request_frame import AcknowledgementParser
 from stator.tasks import DeadlineWheel, Scope
 from stator.tasks.wheel import Timed
-from stator.transports.tcp.call_home import ExpectedStream
+from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.config import TcpConfig
 
 __all__ = ["RequestLine", "RequestPool"]
@@ -45,6 +45,7 @@ class RequestLine(asyncio.Protocol):
         self._paused = False
         self._used = 0.0
         self._reason: StatorError | None = None
+        self._home: CallHomeListener | None = None
 
     @property
     def usable(self) -> bool:
@@ -62,6 +63,7 @@ class RequestLine(asyncio.Protocol):
         if not self._pending:
             self._wheel.arm(self, now + self._config.request_timeout)
         self._pending.append((stream, now))
+        stream.line, self._home = self, stream.home
         if not self._out:
             self._wheel.loop.call_soon(self._flush)
         self._out.append(frame)
@@ -110,6 +112,8 @@ class RequestLine(asyncio.Protocol):
         pending, self._pending = self._pending, deque()
         for stream, _ in pending:
             stream.fail(type(reason)(reason.message, instance=stream.instance, phase="accept"))
+        if self._reason is None and self._home is not None:
+            self._home.line_lost(self)
 
     # -- ends
 
