@@ -22,11 +22,13 @@ _URL = re.compile(r"ready: model .* at (http://\S+)/v1")
 
 
 def clean_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The present environment without anybody's settings, and `changes`."""
+    """The present environment without anybody's settings, and `changes`; a `PYTHONPATH` among them goes before the present one."""
     environment = {
         name: value for name, value in child_environment({}).items() if not name.startswith(("STATOR_", "DYN_", "OMP_"))
     }
-    return {**environment, "NO_COLOR": "1", "COLUMNS": "120", **(changes or {})}
+    found = {**environment, "NO_COLOR": "1", "COLUMNS": "120", **(changes or {})}
+    paths = [path for path in (found.get("PYTHONPATH"), environment.get("PYTHONPATH")) if path]
+    return {**found, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))} if paths else found
 
 
 def run_stator(
