@@ -91,7 +91,7 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> Any:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    dtype = getattr(torch, name, None)
+    dtype: Any = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype {name!r} is no floating point type of torch; try float32, bfloat16 or float16")
     return dtype
