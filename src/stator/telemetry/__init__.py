@@ -1,9 +1,12 @@
 """What a process says about itself: metrics, log lines, trace context. Rooms declare their own names; none is known here."""
 
+from stator.telemetry.hierarchy import IntCounter, IntGauge, MetricsLevel
 from stator.telemetry.logs import LogConfig, configure_logging, parse_levels
 from stator.telemetry.metric import Counter, Family, Gauge, Histogram
+from stator.telemetry.metric_set import MetricSet
 from stator.telemetry.registry import CONTENT_TYPE, MetricRegistry
 from stator.telemetry.trace import TraceContext, parse_traceparent
+from stator.telemetry.work_handler import RequestPlaneMetrics, WorkerProcessMetrics, WorkError, WorkHandlerMetrics
 
 __all__ = [
     "CONTENT_TYPE",
@@ -11,9 +14,17 @@ __all__ = [
     "Family",
     "Gauge",
     "Histogram",
+    "IntCounter",
+    "IntGauge",
     "LogConfig",
     "MetricRegistry",
+    "MetricSet",
+    "MetricsLevel",
+    "RequestPlaneMetrics",
     "TraceContext",
+    "WorkError",
+    "WorkHandlerMetrics",
+    "WorkerProcessMetrics",
     "configure_logging",
     "parse_levels",
     "parse_traceparent",

@@ -26,7 +26,10 @@ class Counter:
 
 
 class Gauge:
-    """A number that goes up and down."""
+    """A number that goes up and down. As a context manager, one more while inside: `with gauge:` leaves it as it was.
+
+    It may be entered any number of times at once.
+    """
 
     __slots__ = ("value",)
 
@@ -41,6 +44,12 @@ class Gauge:
 
     def dec(self, amount: float = 1) -> None:
         self.value -= amount
+
+    def __enter__(self) -> None:
+        self.value += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.value -= 1
 
 
 class Histogram:
