@@ -195,7 +195,7 @@ def test_streams_there_and_back(codec: Codec, values: list[Any], places: list[in
     writer.end()
     receiver = Receiver()
     reader = ResponseReader(receiver, codec=codec)
-    found = HandshakeReader().receive_data(writer.data_to_send())
+    found = HandshakeReader().receive_data(b"".join(writer.data_to_send()))
     assert found is not None
     for chunk in cuts(found[1], places):
         reader.receive_data(chunk)

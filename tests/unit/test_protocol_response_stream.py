@@ -78,14 +78,13 @@ def test_recorded_streams_are_written_to_the_byte(name: str, codec: Codec, items
     for number in range(items):
         writer.send({"token_ids": [number], "text": "tok"})
     writer.end(error)
-    assert writer.data_to_send() == recorded(name)
-    assert writer.data_to_send() == b""
+    assert b"".join(writer.data_to_send()) == recorded(name)
+    assert writer.data_to_send() == []
 
 
 def test_the_handshake_is_there_from_the_beginning() -> None:
-    assert recorded("34-").startswith(
-        ResponseWriter(subject="subj-34-worker-stream-prologue-error", codec="json").data_to_send()
-    )
+    (hello,) = ResponseWriter(subject="subj-34-worker-stream-prologue-error", codec="json").data_to_send()
+    assert recorded("34-").startswith(hello)
 
 
 def test_a_value_that_cannot_be_sent_leaves_nothing_behind() -> None:
@@ -93,14 +92,31 @@ def test_a_value_that_cannot_be_sent_leaves_nothing_behind() -> None:
     writer.data_to_send()
     with pytest.raises(EngineError):
         writer.send({"a": object()})
-    assert writer.data_to_send() == b""
+    assert writer.data_to_send() == []
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("large", ["x" * 70_000, ["y" * 2_000_000]])
+def test_a_large_item_is_not_copied_into_its_neighbours(codec: Codec, large: Any) -> None:
+    writer = ResponseWriter(subject="s", codec=codec)
+    writer.accept()
+    for value in (1, large, 2):
+        writer.send(value)
+    pieces = writer.data_to_send()
+    assert len(pieces) > 3
+    writer.end()
+    assert len(writer.data_to_send()) == 1
+    found = HandshakeReader().receive_data(b"".join(pieces))
+    assert found is not None
+    client = Client(codec=codec).feed(found[1])
+    assert client.items == [1, large, 2]
 
 
 def test_a_refusal_ends_the_stream() -> None:
     writer = ResponseWriter(subject="s", codec="json")
     writer.data_to_send()
     writer.refuse(Overloaded("full"))
-    assert type(Client().feed(writer.data_to_send()).error()) is Overloaded
+    assert type(Client().feed(*writer.data_to_send()).error()) is Overloaded
 
 
 def test_the_worker_hears_the_client() -> None:

@@ -1,6 +1,7 @@
 """The data model of requests and items."""
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -47,6 +48,22 @@ def test_values_outside_of_the_data_model(value: Any) -> None:
     for codec in CODECS:
         with pytest.raises(EngineError, match=f"{type(value).__name__} value cannot be sent"):
             encode_value(value, codec)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda big: {"a": big}, lambda big: [[{"b": [big]}]], lambda big: [big] * 100, lambda big: (big,)]
+)
+@pytest.mark.parametrize("filling", ["x" * 2_000_000, list(range(500_000))])
+def test_integers_are_found_in_large_values_too(wrap: Callable[[Any], Any], filling: Any) -> None:
+    fine = [wrap(2**64 - 1), filling]
+    assert decode_value(encode_json(fine), "json")[1] == filling
+    with pytest.raises(EngineError):
+        encode_json([wrap(2**64), filling])
+    deep: Any = 2**64
+    for _ in range(100):
+        deep = {"d": deep}
+    with pytest.raises(EngineError):
+        encode_json([deep, filling])
 
 
 def test_a_value_that_contains_itself() -> None:

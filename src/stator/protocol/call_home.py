@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from stator.errors import ConnectFailed, PeerProtocolError, StatorError
+from stator.protocol.partial import Data
 from stator.protocol.stream import Phase
 from stator.protocol.two_part import PREFIX_SIZE, TwoPartParser, encode_frame
 from stator.protocol.values import DECODE_ERRORS
@@ -79,7 +80,7 @@ def encode_refusal(error: StatorError) -> bytes:
     return encode_frame(_encode(Prologue(error=f"Generate Error: {error.message}", typed_error=wire)))
 
 
-def read_prologue(header: bytes, data: bytes, *, instance: int = 0) -> StatorError | None:
+def read_prologue(header: bytes, data: Data, *, instance: int = 0) -> StatorError | None:
     """The worker's refusal, or None when it said yes. `PeerProtocolError` when the frame is no prologue."""
     try:
         if not header or data:
@@ -114,7 +115,7 @@ class HandshakeReader:
         return None
 
 
-def _read_handshake(header: bytes, data: bytes) -> Handshake:
+def _read_handshake(header: bytes, data: Data) -> Handshake:
     try:
         if data:
             raise ValueError("expected a frame with a header alone")

@@ -13,11 +13,12 @@ import msgspec
 
 from stator.protocol.annotated import Annotated
 from stator.protocol.envelope import Codec
+from stator.protocol.partial import LARGE, Data
 from stator.protocol.two_part import encode_frame
 from stator.protocol.values import encode_json, from_json
 from stator.protocol.wire_errors import WireError
 
-__all__ = ["FINAL", "ItemFrame", "WireItem", "encode_error_item", "encode_item", "item_decoder"]
+__all__ = ["FINAL", "ItemFrame", "WireItem", "encode_error_item", "encode_item", "item_decoder", "write_item"]
 
 T = TypeVar("T")
 
@@ -35,15 +36,28 @@ _pack_opening = Struct(f">QQQ{len(_OPEN)}s").pack
 
 
 def encode_item(value: Any, codec: Codec) -> bytes:
-    """The whole frame of one item, TwoPart prefix included. Raises `EngineError` for a value outside of the data model.
+    """The whole frame of one item, TwoPart prefix included. Raises `EngineError` for a value outside of the data model."""
+    out: list[bytes] = []
+    write_item(out, value, codec)
+    return b"".join(out)
+
+
+def write_item(out: list[bytes], value: Any, codec: Codec) -> bool:
+    """Append the frame of one item to `out`, in one piece unless it is large: True then. Raises like `encode_item`.
 
     Token path: one encode, one pack, one join.
     """
     body = encode_json(value)
     if codec == "json" and type(value) is not Annotated:
-        return b"".join((_pack_opening(0, len(body) + _WRAPPING, 0, _OPEN), body, _CLOSE))
-    item = body if type(value) is Annotated else b'{"data":' + body + b"}"
-    return _wrap(item, codec)
+        opening = _pack_opening(0, len(body) + _WRAPPING, 0, _OPEN)
+        if len(body) >= LARGE:
+            out += (opening, body, _CLOSE)
+            return True
+        out.append(b"".join((opening, body, _CLOSE)))
+        return False
+    frame = _wrap(body if type(value) is Annotated else b'{"data":' + body + b"}", codec)
+    out.append(frame)
+    return len(frame) >= LARGE
 
 
 def encode_error_item(error: WireError, codec: Codec) -> bytes:
@@ -86,7 +100,7 @@ class ItemFrame(msgspec.Struct, Generic[T], frozen=True, kw_only=True, gc=False)
 
 
 @lru_cache(maxsize=256)
-def item_decoder(codec: Codec, item_type: Any = Any) -> Callable[[bytes], ItemFrame[Any] | tuple[WireItem[Any] | None, bool]]:
+def item_decoder(codec: Codec, item_type: Any = Any) -> Callable[[Data], ItemFrame[Any] | tuple[WireItem[Any] | None, bool]]:
     """Decoder of item frames whose values are `item_type`. The wrapper may also be the pair (ITEM, complete_final)."""
     wrapper = ItemFrame[item_type] | tuple[WireItem[item_type] | None, bool]
     decoder = msgspec.json.Decoder(wrapper) if codec == "json" else msgspec.msgpack.Decoder(wrapper)

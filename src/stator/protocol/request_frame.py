@@ -10,7 +10,7 @@ from struct import Struct
 import msgspec
 
 from stator.errors import ConnectFailed, Overloaded, PeerProtocolError, StatorError, Unavailable, UsageError
-from stator.protocol.partial import Partial
+from stator.protocol.partial import LARGE, Data, Partial
 from stator.protocol.values import DECODE_ERRORS
 
 __all__ = [
@@ -55,17 +55,21 @@ class RequestFrame(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str | None
     headers: dict[str, str]
-    payload: bytes
+    payload: Data
 
 
-def encode_request_frame(path: str, headers: Mapping[str, str], payload: bytes, *, limit: int = MAX_MESSAGE_SIZE) -> bytes:
-    """One request frame. `UsageError` when a part or the whole is larger than the wire format or `limit` allows."""
+def encode_request_frame(path: str, headers: Mapping[str, str], *payload: Data, limit: int = MAX_MESSAGE_SIZE) -> bytes:
+    """One request frame; `payload` may come in parts, as `message_parts` gives them.
+
+    Raises `UsageError` when a part or the whole is larger than the wire format or `limit` allows.
+    """
     path_bytes = path.encode()
     header_bytes = _encode_json(headers)
     for what, size in (("path", len(path_bytes)), ("headers", len(header_bytes))):
         if size > 0xFFFF:
             raise UsageError(f"request {what} of {size} bytes is larger than the limit of 65535 bytes")
-    size = _FIXED_SIZE + len(path_bytes) + len(header_bytes) + len(payload)
+    payload_size = sum(map(len, payload))
+    size = _FIXED_SIZE + len(path_bytes) + len(header_bytes) + payload_size
     if size > limit:
         raise UsageError(
             f"request of {size} bytes is larger than the limit of {limit} bytes (DYN_TCP_MAX_MESSAGE_SIZE on both sides)"
@@ -76,8 +80,8 @@ def encode_request_frame(path: str, headers: Mapping[str, str], payload: bytes, 
             path_bytes,
             _LENGTH_16.pack(len(header_bytes)),
             header_bytes,
-            _LENGTH_32.pack(len(payload)),
-            payload,
+            _LENGTH_32.pack(payload_size),
+            *payload,
         )
     )
 
@@ -137,7 +141,7 @@ class RequestFrameParser:
             RequestFrame(
                 path=_read_path(chunk[path_start:path_end]),
                 headers=_read_headers(chunk[headers_start:headers_end]),
-                payload=chunk[payload_start:end],
+                payload=chunk[payload_start:end] if end - payload_start < LARGE else memoryview(chunk)[payload_start:end],
             ),
             end,
         )

@@ -24,7 +24,8 @@ from stator.protocol.call_home import (
     read_prologue,
 )
 from stator.protocol.envelope import Codec
-from stator.protocol.item_frame import FINAL, ItemFrame, encode_error_item, encode_item, item_decoder
+from stator.protocol.item_frame import FINAL, ItemFrame, encode_error_item, item_decoder, write_item
+from stator.protocol.partial import Data
 from stator.protocol.stream import Phase, Receiver
 from stator.protocol.two_part import TwoPartParser, encode_frame
 from stator.protocol.values import DECODE_ERRORS
@@ -49,11 +50,12 @@ class ResponseWriter:
     Calls come in the order accept, send…, end; or refuse alone. The handshake is there from the beginning.
     """
 
-    __slots__ = ("_codec", "_control", "out")
+    __slots__ = ("_codec", "_control", "_large", "out")
 
     def __init__(self, *, subject: str, codec: Codec) -> None:
         self._codec: Codec = codec
         self._control = ControlReader()
+        self._large = False
         self.out: list[bytes] = [encode_handshake(subject)]
 
     def accept(self) -> None:
@@ -66,7 +68,8 @@ class ResponseWriter:
 
     def send(self, value: Any) -> None:
         """One item. Raises `EngineError` when the value is outside of the data model; nothing is written then."""
-        self.out.append(encode_item(value, self._codec))
+        if write_item(self.out, value, self._codec):
+            self._large = True
 
     def skip(self) -> None:
         """A frame that readers skip; only after `accept` and before `end`."""
@@ -82,13 +85,16 @@ class ResponseWriter:
         """What the client wishes, in order of arrival."""
         return self._control.receive_data(data)
 
-    def data_to_send(self) -> bytes:
-        """Take everything that was written since the last call."""
+    def data_to_send(self) -> list[bytes]:
+        """Take what was written since the last call: one piece, unless there is a large item, which is not copied into one."""
         out = self.out
         if not out:
-            return b""
+            return out
         self.out = []
-        return out[0] if len(out) == 1 else b"".join(out)
+        if self._large:
+            self._large = False
+            return out
+        return out if len(out) == 1 else [b"".join(out)]
 
 
 class _Stage(Enum):
@@ -131,7 +137,7 @@ class ResponseReader:
         self._decode = item_decoder(codec, receiver.item_type)
         self._frames = TwoPartParser(limit=limit)
         self._window = window
-        self._held: Iterator[tuple[bytes, bytes]] | None = None
+        self._held: Iterator[tuple[bytes, Data]] | None = None
         self._out: list[bytes] = []
         self._stage = _Stage.PROLOGUE
         self._stopping = False
@@ -190,7 +196,7 @@ class ResponseReader:
             raise
         self._deliver(items)
 
-    def _read_frames(self, frames: Iterator[tuple[bytes, bytes]], items: list[Any], room: int) -> None:
+    def _read_frames(self, frames: Iterator[tuple[bytes, Data]], items: list[Any], room: int) -> None:
         """Token path: one decode per item, one call into the receiver per chunk."""
         decode = self._decode
         if room <= 0 and self._stage is _ITEMS:
@@ -241,7 +247,7 @@ class ResponseReader:
         if frame.complete_final:
             self._stage = _Stage.FINAL
 
-    def _read_other(self, header: bytes, payload: bytes) -> None:
+    def _read_other(self, header: bytes, payload: Data) -> None:
         """A frame that is no item, or stands where none may stand."""
         if self._stage is _Stage.PROLOGUE:
             self._read_prologue(header, payload)
@@ -252,7 +258,7 @@ class ResponseReader:
         elif payload and self._stage is _Stage.FINAL:
             raise _BadItem("an item frame after the final one")
 
-    def _read_prologue(self, header: bytes, payload: bytes) -> None:
+    def _read_prologue(self, header: bytes, payload: Data) -> None:
         refusal = read_prologue(header, payload, instance=self._receiver.instance)
         if refusal is not None:
             self._receiver.finish(refusal)

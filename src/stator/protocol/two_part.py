@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from struct import Struct
 
 from stator.errors import PeerProtocolError
-from stator.protocol.partial import Partial
+from stator.protocol.partial import LARGE, Data, Partial
 
-__all__ = ["PREFIX_SIZE", "TwoPartParser", "decode_message", "encode_frame"]
+__all__ = ["PREFIX_SIZE", "TwoPartParser", "decode_message", "encode_frame", "message_parts"]
 
 _PREFIX = Struct(">QQQ")
 _pack = _PREFIX.pack
@@ -21,17 +21,22 @@ PREFIX_SIZE = _PREFIX.size
 
 def encode_frame(header: bytes = b"", data: bytes = b"") -> bytes:
     """One message; the checksum is 0, as in the reference's release builds."""
-    return b"".join((_pack(len(header), len(data), 0), header, data))
+    return b"".join(message_parts(header, data))
 
 
-def decode_message(payload: bytes) -> tuple[bytes, bytes]:
+def message_parts(header: bytes, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """One message as the parts to be written one after the other."""
+    return _pack(len(header), len(data), 0), header, data
+
+
+def decode_message(payload: Data) -> tuple[bytes, Data]:
     """Header and data of the message at the start of `payload`, whatever follows it. `PeerProtocolError` when it is short."""
     if len(payload) >= PREFIX_SIZE:
         header_size, data_size, _ = _unpack_from(payload)
         middle = PREFIX_SIZE + header_size
         end = middle + data_size
         if end <= len(payload):
-            return payload[PREFIX_SIZE:middle], payload[middle:end]
+            return bytes(payload[PREFIX_SIZE:middle]), payload[middle:end]
         raise PeerProtocolError(f"TwoPart message is short: {len(payload)} bytes of {end}")
     raise PeerProtocolError(f"TwoPart message is short: {len(payload)} bytes, its prefix alone takes {PREFIX_SIZE}")
 
@@ -47,7 +52,7 @@ class TwoPartParser:
         self._partial = Partial()
         self._failure: PeerProtocolError | None = None
 
-    def receive_data(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def receive_data(self, data: bytes) -> Iterator[tuple[bytes, Data]]:
         """Frames completed by `data` as (header, data), lazily: run the iterator to its end before the next chunk.
 
         Raises `PeerProtocolError` once a length beyond the limit was read (the frames before it were given out), and again at
@@ -72,7 +77,7 @@ class TwoPartParser:
             if end > received:
                 need = end - offset
                 break
-            yield chunk[start:middle], chunk[middle:end]
+            yield chunk[start:middle], chunk[middle:end] if data_size < LARGE else memoryview(chunk)[middle:end]
             offset = end
         self._partial.keep(chunk, offset, need)
 

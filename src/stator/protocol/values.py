@@ -4,7 +4,7 @@ The model is JSON as msgspec writes it: NaN and infinities become null, bytes be
 fit in 64 bits (signed or unsigned), keys become text. MessagePack carries the same model, never more.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -18,6 +18,10 @@ DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 _SHORTEST_BIG_INTEGER = 20
 """Characters of the shortest integer that does not fit in 64 bits: 2**64 has 20 digits, -(2**63) - 1 has 20 characters."""
+
+_LARGE = 2**20
+_FEW = 64
+_DEEP = 8
 
 _json_encode = msgspec.json.Encoder().encode
 _json_decode = msgspec.json.Decoder().decode
@@ -39,11 +43,24 @@ def encode_json(value: Any) -> bytes:
     """
     try:
         data = _json_encode(value)
-        if len(data) >= _SHORTEST_BIG_INTEGER:
+        if len(data) >= _LARGE:
+            _check_integers(value)
+        elif len(data) >= _SHORTEST_BIG_INTEGER:
             _msgpack_encode(value)
     except Exception as error:  # a value may be any object, and its encoding may run its code
         raise EngineError(f"{type(value).__name__} value cannot be sent, it has no JSON form: {error}") from error
     return data
+
+
+def _check_integers(value: Any, depth: int = 0) -> None:
+    """The same check for megabytes: texts in small containers, as requests with images are, need not be encoded once more."""
+    if isinstance(value, str):
+        return
+    if depth < _DEEP and isinstance(value, dict | list) and len(cast("list[Any]", value)) <= _FEW:
+        for inner in cast("dict[Any, Any]", value).values() if isinstance(value, dict) else cast("list[Any]", value):
+            _check_integers(inner, depth + 1)
+    else:
+        _msgpack_encode(value)
 
 
 def from_json(data: bytes, codec: Codec) -> bytes:
@@ -56,7 +73,7 @@ def encode_value(value: Any, codec: Codec) -> bytes:
     return from_json(encode_json(value), codec)
 
 
-def decode_value(data: bytes, codec: Codec) -> Any:
+def decode_value(data: bytes | memoryview, codec: Codec) -> Any:
     """Decode to plain values; `PeerProtocolError` when the bytes are not of that codec."""
     try:
         return _json_decode(data) if codec == "json" else _msgpack_decode(data)

@@ -161,9 +161,8 @@ class Answer(asyncio.Protocol):
         transport = self._transport
         if transport is None or self._paused or transport.is_closing():
             return
-        data = self._writer.data_to_send()
         self._queued = 0
-        if data:
+        for data in self._writer.data_to_send():
             transport.write(data)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -11,7 +11,7 @@ from stator.protocol.envelope import Codec, RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.protocol.request_frame import encode_request_frame
 from stator.protocol.stream import Phase
-from stator.protocol.two_part import encode_frame
+from stator.protocol.two_part import message_parts
 from stator.protocol.values import from_json
 from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
@@ -123,7 +123,7 @@ class CompatibleClient:
         return encode_request_frame(
             path,
             request_headers(path, envelope, wall=self._clock.wall()),
-            encode_frame(encode_control_message(message), from_json(envelope.payload, codec)),
+            *message_parts(encode_control_message(message), from_json(envelope.payload, codec)),
             limit=self._config.max_message_size,
         )
 

@@ -10,6 +10,7 @@ import msgspec
 from stator.errors import ConnectFailed, EngineError, Overloaded, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.control_message import CallHomeAddress, ControlMessage, decode_control_message, read_call_home
 from stator.protocol.envelope import Codec, IncomingRequest
+from stator.protocol.partial import Data
 from stator.protocol.records import EndpointRecord, Transport
 from stator.protocol.request_frame import (
     ACCEPTED,
@@ -204,7 +205,7 @@ class CompatibleServer:
         answer.start(self._dials, timeout=self._config.connect_timeout)
 
 
-def _read_request(message: ControlMessage, address: CallHomeAddress, data: bytes, frame: RequestFrame) -> IncomingRequest:
+def _read_request(message: ControlMessage, address: CallHomeAddress, data: Data, frame: RequestFrame) -> IncomingRequest:
     """The envelope of a request. Raises `PeerProtocolError`, or `EngineError` for what is not served."""
     if message.streams_in:
         raise EngineError("bidirectional requests are not served here", kind="InvalidArgument")
