@@ -1,7 +1,9 @@
 """Engines by name, and what importing them costs."""
 
+import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -10,7 +12,10 @@ from stator.engines import create_engine, known_engines, load_engine
 from stator.engines.echo import EchoEngine
 from stator.engines.transformers import TransformersEngine, TransformersOptions
 from stator.errors import ConfigError
-from stator.runtime import plugins
+from stator.llm.output import EngineOutput
+from stator.llm.request import PreprocessedRequest
+from stator.runtime import Context, plugins
+from stator.worker import EngineConfig, LLMEngine
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -40,6 +45,32 @@ def test_a_plug_in_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -
     pretend(monkeypatch, "odd", "stator.errors:ConfigError")
     with pytest.raises(ConfigError, match="is no engine"):
         load_engine("odd")
+
+
+def test_an_engine_may_be_named_by_module_and_class() -> None:
+    assert load_engine("stator.engines.echo:EchoEngine") is EchoEngine
+
+
+@pytest.mark.parametrize("path", ["no_such_module_at_all:Engine", "stator.engines.echo:Ecko", "stator.errors:ConfigError", ":"])
+def test_a_module_or_class_that_is_not_there_is_named(path: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(path))):
+        load_engine(path)
+
+
+class Plain(LLMEngine):
+    """Neither options nor a constructor."""
+
+    async def start(self, instance_id: int) -> EngineConfig:
+        raise NotImplementedError
+
+    async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+        yield EngineOutput(token_ids=[], finish_reason="stop")
+
+
+def test_an_engine_needs_neither_options_nor_constructor() -> None:
+    assert isinstance(create_engine(f"{__name__}:Plain"), Plain)
+    with pytest.raises(ConfigError, match="no setting 'speed'"):
+        create_engine(f"{__name__}:Plain", {"speed": "1"})
 
 
 def test_options_are_read_like_settings() -> None:

@@ -38,7 +38,8 @@ Model = Annotated[str, typer.Option(help="Model: a directory or an id. Empty: th
 Engine = Annotated[
     str,
     typer.Option(
-        help="What generates: echo, transformers, or a plug-in. Default: transformers if a model is given, else echo."
+        help="What generates: echo, transformers, a plug-in, or your own as module:Class. "
+        "Default: transformers if a model is given, else echo."
     ),
 ]
 Name = Annotated[str, typer.Option(help="Name that clients ask for. Default: the model's own.")]

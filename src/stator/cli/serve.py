@@ -28,7 +28,8 @@ from stator.worker import WorkerConfig
 
 __all__ = ["ServeOptions", "run_serve"]
 
-_STATOR = (sys.executable, "-m", "stator")
+_STATOR = (sys.executable, "-P", "-m", "stator")
+"""-P: a file in the working directory must not hide a library of the same name"""
 _MARGIN = 5.0
 """seconds children get to end beyond what their settings allow them"""
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Mapping
 
 from stator import settings
@@ -11,7 +12,7 @@ from stator.engines.registry import create_engine
 from stator.errors import StatorError, UsageError
 from stator.runtime import Runtime
 from stator.tasks import Scope
-from stator.worker import EXIT_DEADLINE, Worker, WorkerConfig
+from stator.worker import EXIT_DEADLINE, LLMEngine, Worker, WorkerConfig
 
 __all__ = ["StartFailed", "engine_name", "run_worker", "worker_config"]
 
@@ -56,8 +57,15 @@ async def run_worker(
         scope.spawn(process.end_on_shutdown(), name="shutdown")
         if supervised:
             scope.spawn(ended_with_supervisor(runtime.shutdown), name="supervisor")
-        chosen = await asyncio.to_thread(create_engine, engine_name(engine, model), engine_options(model, options))
+        chosen = await asyncio.to_thread(_create, engine_name(engine, model), engine_options(model, options))
         return await process.run(Worker(chosen, runtime, config=config, progress=process.progress, failed=process.failed))
+
+
+def _create(engine: str, options: Mapping[str, str]) -> LLMEngine:
+    """Touches the disk. A `module:Class` may lie in the working directory; what is installed comes first."""
+    if ":" in engine and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return create_engine(engine, options)
 
 
 class _Process:

@@ -1,5 +1,7 @@
-"""Engines by name: the entry points of the group `stator.engines`. The built-in ones are found the same way."""
+"""Engines by name: the entry points of the group `stator.engines`, the built-in ones included, or `module:Class`."""
 
+import importlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,8 @@ from stator.worker.engine import LLMEngine
 
 __all__ = ["create_engine", "known_engines", "load_engine"]
 
+logger = logging.getLogger(__name__)
+
 _GROUP = "stator.engines"
 
 
@@ -19,17 +23,23 @@ def known_engines() -> list[str]:
 
 
 def load_engine(name: str) -> type[LLMEngine]:
-    """The class of an engine.
+    """The class of an engine; `name` may also be `module:Class`, which needs no installed plug-in. Imports it.
 
-    Raises `ConfigError` for a name that is not installed (listing those that are) and for a plug-in that cannot be imported.
+    Raises `ConfigError` for a name that is not installed (listing those that are) and for what cannot be imported.
     """
-    try:
-        found = load_plugin(_GROUP, name)
-    except AttributeError as error:
-        raise ConfigError(f"engine {name!r} cannot be loaded: {error}") from error
+    found = _import(name) if ":" in name else load_plugin(_GROUP, name)
     if not isinstance(found, type) or not callable(getattr(found, "generate", None)):
         raise ConfigError(f"engine {name!r} is {found!r}, which is no engine: expected a class with generate()")
     return found  # pyright: ignore[reportUnknownVariableType]  # a plug-in's class; its shape was checked as far as it can be
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # somebody's module may do anything
+        logger.debug("loading the engine %s failed", path, exc_info=error)
+        raise ConfigError(f"engine {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def create_engine(name: str, options: Mapping[str, Any] | None = None) -> LLMEngine:
@@ -39,4 +49,15 @@ def create_engine(name: str, options: Mapping[str, Any] | None = None) -> LLMEng
     value out of range.
     """
     engine_type: Any = load_engine(name)
-    return engine_type(load(engine_type.options_type, options))
+    found = load(engine_type.options_type, options)
+    return engine_type(found) if _takes_options(engine_type) else engine_type()
+
+
+def _takes_options(engine_type: type) -> bool:
+    """Whether the class has a constructor of its own."""
+    for each in engine_type.__mro__:
+        if each in (LLMEngine, object):
+            return False
+        if "__init__" in vars(each):
+            return True
+    return False

@@ -122,7 +122,7 @@ class StatorProcess:
         wanted: list[psutil.Process] = []
         for process in found:
             try:
-                if not role or role in process.cmdline()[3:4]:
+                if not role or role in process.cmdline()[1:5]:
                     wanted.append(process)
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue

@@ -37,7 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LLMEngine(Protocol):
-    """Generates tokens. Subclass it to inherit what is optional; the constructor takes one config struct, an `options_type`.
+    """Generates tokens. Subclass it to inherit what is optional. A constructor, if there is one, takes one config struct, an
+    `options_type`.
 
     Order of calls: `follow_progress`, `start`, then `generate` and `abort` any number of times, `drain`, `cleanup`. `cleanup`
     comes exactly once, also after a `start` that raised, never in parallel with it.
