@@ -8,7 +8,7 @@ import msgspec
 
 from stator.errors import UsageError
 
-__all__ = ["EngineCallback", "EngineRoutes", "call", "failure_text"]
+__all__ = ["Answer", "EngineCallback", "EngineRoutes", "call", "failure_text"]
 
 logger = logging.getLogger(__name__)
 

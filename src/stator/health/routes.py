@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from stator.health.config import ENGINE_PREFIX, HealthConfig
-from stator.health.engine_routes import EngineRoutes, call, failure_text
+from stator.health.engine_routes import Answer, EngineRoutes, call, failure_text
 from stator.health.status import SystemHealth
+from stator.tasks import Scope
 
 __all__ = ["Operation", "StatusRoutes"]
 
@@ -19,6 +21,8 @@ logger = logging.getLogger(__name__)
 Operation = Callable[[], Awaitable[Any]]
 """A drain or a resume: returns, as JSON can say it, what was done; need not wait until all is drained."""
 
+_CLEAN_UP = 0.5
+"""seconds a cancelled callback may take when the server closes"""
 _PLAIN = "text/plain; charset=utf-8"
 _GET = ("GET", "HEAD")
 _SAME_SITE = ("none", "same-origin")
@@ -50,6 +54,8 @@ class StatusRoutes:
             "/metadata": self._metadata,
         }
         operations = {"/drain": drain, "/resume": resume}
+        # aiohttp cancels a handler as often as it likes; callbacks are tasks of ours, cancelled once, so that their clean-up runs.
+        self._callbacks = Scope("status server callbacks", close_timeout=_CLEAN_UP)
         self._operations = {path: operation for path, operation in operations.items() if operation is not None}
 
     async def answer(self, request: web.BaseRequest, body: bytes) -> web.Response:
@@ -66,18 +72,31 @@ class StatusRoutes:
             return _not_allowed("POST")
         if _from_a_web_page(request):
             return _text(403, b"Requests from web pages are refused")
-        answer = self._engine.handle(name, body) if operation is None else call(path, operation)
-        return await self._within_limit(path, answer)
+        if self._callbacks.closed or len(self._callbacks) >= self._config.max_connections:
+            return _text(503, failure_text("too many callbacks are running, or the process shuts down"))
+        return await self._within_limit(path, self._engine.handle(name, body) if operation is None else call(path, operation))
 
-    async def _within_limit(self, path: str, answer: Awaitable[tuple[int, bytes]]) -> web.Response:
+    async def _within_limit(self, path: str, work: Coroutine[Any, Any, Answer]) -> web.Response:
+        """Cancelled: the callback is cancelled, once, and cleans up on its own."""
         limit = self._config.callback_timeout
+        task = self._callbacks.spawn(work, name=path)
         try:
-            async with asyncio.timeout(limit):
-                status, text = await answer
-        except TimeoutError:
-            logger.warning("%s took longer than %s s and was cancelled", path, limit)
-            status, text = 500, failure_text(f"took longer than {limit:g} s and was cancelled")
-        return _text(status, text)
+            await asyncio.wait({task}, timeout=limit)
+            if not task.done():
+                logger.warning("%s took longer than %s s and is cancelled", path, limit)
+                return _text(500, failure_text(f"took longer than {limit:g} s and is cancelled"))
+            if task.cancelled():
+                return _text(500, failure_text("the callback was cancelled"))
+            return _text(*task.result())
+        finally:
+            task.cancel()
+
+    async def aclose(self, patience: float) -> None:
+        """Take no more requests for callbacks; running ones end within `patience` seconds or are cancelled and waited for."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._callbacks.join()
+        await self._callbacks.aclose()
 
     def _health_page(self) -> web.Response:
         return _text(200 if self._health.ready else 503, self._health.body())

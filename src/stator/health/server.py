@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
+from stator.errors import UsageError
 from stator.health.config import HealthConfig
 from stator.health.engine_routes import EngineRoutes
 from stator.health.routes import Operation, StatusRoutes
@@ -18,7 +19,7 @@ __all__ = ["StatusServer"]
 logger = logging.getLogger(__name__)
 
 _CLOSE_LIMIT = 0.5
-"""seconds for answers that are being written when the server closes"""
+"""seconds for running callbacks when the server closes, for the clean-up of cancelled ones, and for answers being written"""
 _HEADER_LIMIT = 16 * 1024
 _HEADER_COUNT = 128
 
@@ -50,6 +51,7 @@ class StatusServer:
         self._http: web.Server | None = None
         self._listener: asyncio.Server | None = None
         self._address: tuple[str, int] | None = None
+        self._closed = False
 
     @property
     def listening(self) -> bool:
@@ -70,7 +72,12 @@ class StatusServer:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def start(self) -> None:
-        """Listen from now on, unless the port is -1. Never fails because of the address. Cancelled: not listening."""
+        """Listen from now on, unless the port is -1. Never fails because of the address. Cancelled: not listening.
+
+        Raises `UsageError` after `aclose`.
+        """
+        if self._closed:
+            raise UsageError("this status server was closed; make another one")
         config = self._config
         if config.port < 0 or self._listener is not None:
             return
@@ -89,12 +96,14 @@ class StatusServer:
         logger.info("status server bound to %s", self.url)
 
     async def aclose(self) -> None:
-        """Stop listening and end what is open, at most half a second later. Idempotent."""
+        """Stop listening. Callbacks have half a second, then they are cancelled and have as long again. Idempotent, and final."""
+        self._closed = True
         listener, self._listener = self._listener, None
         manager, self._http = self._http, None
         self._address = None
         if listener is not None:
             listener.close()
+        await self._routes.aclose(_CLOSE_LIMIT)
         if manager is not None:
             await manager.shutdown(timeout=_CLOSE_LIMIT)
 
