@@ -77,7 +77,7 @@ class NativeServer:
             await self._start_unix(host.socket_directory)
 
     async def _start_unix(self, directory: Path) -> None:
-        path = str(directory / f"{self._host.process[:16]}.sock")
+        path = str(directory / f"{os.getpid()}-{self._host.process[:12]}.sock")
         if len(path.encode()) > _LONGEST_PATH:
             logger.info("no Unix socket: its path would have more than %d bytes", _LONGEST_PATH)
             return
