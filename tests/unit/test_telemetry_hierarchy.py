@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Counter as ForeignCounter
 from prometheus_client.parser import text_string_to_metric_families
 
 from stator.errors import UsageError
@@ -270,3 +272,14 @@ def test_texts_are_appended_as_they_are_and_may_fail(caplog: pytest.LogCaptureFi
     assert caplog.messages == ["expfmt callback raised"] * 2
     undo()
     assert root.exposition().decode() == f"{own}no_newline 1"
+
+
+def test_the_metrics_of_an_engine_join_the_page() -> None:
+    foreign = CollectorRegistry()
+    ForeignCounter("engine_steps", "Steps", registry=foreign).inc()
+    root = MetricsLevel.runtime()
+    endpoint(root).on_exposition(lambda: generate_latest(foreign).decode())
+    root.create_gauge("x", "X")
+    families = {family.name: family for family in text_string_to_metric_families(root.exposition().decode())}
+    assert families.keys() >= {"dynamo_component_x", "engine_steps"}
+    assert families["engine_steps"].samples[0].value == 1

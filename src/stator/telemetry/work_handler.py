@@ -64,7 +64,10 @@ class WorkHandlerMetrics:
     )
 
     def __init__(self, level: MetricsLevel, labels: Sequence[tuple[str, str]] = ()) -> None:
-        """`labels` are constant ones of the worker's author. Raises `UsageError` if they, or the level's names, are not usable."""
+        """`labels` are constant ones of the worker's author.
+
+        Raises `UsageError` if they, or the level's names, are not usable; the level is then of no use and to be removed.
+        """
         try:
             self._requests = level.create_int_counter(
                 ComponentName.REQUESTS_TOTAL, "Total number of requests processed by work handler", labels
