@@ -283,3 +283,9 @@ def test_the_metrics_of_an_engine_join_the_page() -> None:
     families = {family.name: family for family in text_string_to_metric_families(root.exposition().decode())}
     assert families.keys() >= {"dynamo_component_x", "engine_steps"}
     assert families["engine_steps"].samples[0].value == 1
+
+
+def test_a_metric_without_variable_labels_is_on_the_page_at_once() -> None:
+    level = MetricsLevel.runtime()
+    level.create("gauge", "x", "X")
+    assert lines(level) == ["dynamo_component_x 0"]
