@@ -5,7 +5,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
-from typing import Self
+from typing import Any, Self
+
+import msgspec
 
 from stator.errors import ConnectFailed
 from stator.protocol.native.frames import CRITICAL, HELLO, FrameReader, frame
@@ -18,7 +20,17 @@ from stator.testing.plane_suite import INSTANCE, Caller, PlanePair
 from stator.transports.native import NativeClient, NativeConfig, NativeServer
 from stator.transports.plane import InstanceObserver, PlaneHost
 
-__all__ = ["RawListener", "RawPeer", "Recorder", "native_caller", "native_record", "plane_host", "raw_listener"]
+__all__ = [
+    "RawListener",
+    "RawPeer",
+    "Recorder",
+    "native_address",
+    "native_caller",
+    "native_record",
+    "plane_host",
+    "raw_listener",
+    "with_native",
+]
 
 
 def plane_host(
@@ -98,6 +110,17 @@ def native_record(address: str, *, process: str = WORKER_PROCESS, path: str = ""
         transport=Transport(tcp="127.0.0.1:1/x"),
         stator=NativeAddress(plane=1, address=address, process=process, path=path, pulse=pulse),
     )
+
+
+def native_address(record: EndpointRecord) -> NativeAddress:
+    """The `stator` field of a record that has one."""
+    assert isinstance(record.stator, NativeAddress)
+    return record.stator
+
+
+def with_native(record: EndpointRecord, **changes: Any) -> EndpointRecord:
+    """The record with another `stator` field."""
+    return msgspec.structs.replace(record, stator=msgspec.structs.replace(native_address(record), **changes))
 
 
 class RawPeer:
