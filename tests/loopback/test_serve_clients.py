@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
 import msgspec
 import openai
 import pytest
 
-from stator.testing.serve_process import StatorProcess
+from stator.testing.serve_process import StatorProcess, run_stator
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -163,23 +164,24 @@ def _send_sync(client: openai.OpenAI, case: Case) -> Answer:
     return answer
 
 
+async def _send_all(url: str, cases: list[Case]) -> None:
+    """32 at a time."""
+    gate = asyncio.Semaphore(32)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+
+        async def one(case: Case) -> None:
+            async with gate:
+                (await _send(client, case)).check(case)
+
+        async with asyncio.TaskGroup() as group:
+            for case in cases:
+                group.create_task(one(case))
+
+
 def test_200_mixed_requests_of_the_async_client(service: StatorProcess, url: str) -> None:
     cases = mixed_cases(200, Random(7))
     printed = len(service.lines)
-
-    async def everything() -> None:
-        gate = asyncio.Semaphore(32)
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
-
-            async def one(case: Case) -> None:
-                async with gate:
-                    (await _send(client, case)).check(case)
-
-            async with asyncio.TaskGroup() as group:
-                for case in cases:
-                    group.create_task(one(case))
-
-    asyncio.run(everything())
+    asyncio.run(_send_all(url, cases))
     taken = Counter(found.group(1) for line in service.lines[printed:] if (found := re.search(r"at instance (\w+)", line)))
     assert len(taken) == 2, "both workers get requests"
     assert min(taken.values()) > 0.3 * sum(taken.values()), taken
@@ -219,3 +221,19 @@ def test_one_model_is_listed(url: str) -> None:
         assert [model.id for model in client.models.list()] == ["echo"]
         with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
             client.completions.create(model="nobody", prompt="x")
+
+
+def test_without_uvloop_and_extras_on_the_compatible_plane(tmp_path: Path) -> None:
+    """What `stator[serve]` needs is enough, uvloop is a luxury, and the other plane says the same."""
+    for name in ("uvloop", "tokenizers", "jinja2", "torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('hidden', name='{name}')\n")
+    environment = {"PYTHONPATH": str(tmp_path), "STATOR_PLANE": "compatible"}
+    with StatorProcess("serve", "--isolated", "--workers", "2", "--port", "0", environment=environment) as process:
+        asyncio.run(_send_all(process.wait_until_ready(workers=2), mixed_cases(64, Random(9))))
+
+
+def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('hidden', name='typer')\n")
+    found = run_stator("serve", environment={"PYTHONPATH": str(tmp_path)})
+    assert found.returncode == 1
+    assert found.stderr == 'the command line needs an extra: pip install "stator[serve]"\n'
