@@ -182,7 +182,8 @@ async def test_a_callback_that_takes_too_long_is_cancelled(caplog: pytest.LogCap
     async with serving(settings={"callback_timeout": 0.05}, drain=slow) as served:
         served.server.engine.register("slow", slow)
         expected = b'{"error":"Handler error","message":"took longer than 0.05 s and is cancelled"}'
-        assert await served.ask("POST", "/engine/slow") == (500, PLAIN, expected)
+        async with asyncio.timeout(3):
+            assert await served.ask("POST", "/engine/slow") == (500, PLAIN, expected)
         assert await served.ask("POST", "/drain") == (500, PLAIN, expected)
     assert ended == ["slow", "slow"]
     assert "/engine/slow took longer" in caplog.text
@@ -311,6 +312,25 @@ async def test_a_taken_port_is_logged_and_the_start_goes_on(caplog: pytest.LogCa
         await second.server.aclose()
     async with serving(settings={"port": 0, "host": "192.0.2.1", "insecure_bind": True}) as unreachable:
         assert not unreachable.server.listening
+
+
+async def test_closing_lets_a_callback_end_that_is_about_to() -> None:
+    started, go = asyncio.Event(), asyncio.Event()
+
+    async def brief(value: Any) -> Any:
+        started.set()
+        await go.wait()
+        return "done"
+
+    async with serving() as served, asyncio.TaskGroup() as group:
+        served.server.engine.register("brief", brief)
+        answer = group.create_task(served.ask("POST", "/engine/brief"))
+        await asyncio.wait_for(started.wait(), 5)
+        closing = group.create_task(served.server.aclose())
+        await asyncio.sleep(0)
+        go.set()
+        assert await answer == (200, PLAIN, b'"done"')
+        await closing
 
 
 async def test_it_closes_promptly_with_everything_open() -> None:

@@ -295,6 +295,7 @@ async def test_stopping_ends_a_running_probe_and_says_nothing() -> None:
         assert bench.canary.probing
         bench.canary.stop()
         bench.canary.stop()
+        assert len(bench.wheel) == 0
         await bench.settle()
         assert len(bench.scope) == 0
         await bench.seconds(50)

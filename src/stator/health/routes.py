@@ -19,7 +19,7 @@ __all__ = ["Operation", "StatusRoutes"]
 logger = logging.getLogger(__name__)
 
 Operation = Callable[[], Awaitable[Any]]
-"""A drain or a resume: returns, as JSON can say it, what was done; need not wait until all is drained."""
+"""A drain or a resume: begins it and returns, as JSON can say it, what was begun. Cancelled when its client leaves."""
 
 _CLEAN_UP = 0.5
 """seconds a cancelled callback may take when the server closes"""
