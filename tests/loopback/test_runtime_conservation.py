@@ -204,6 +204,10 @@ async def test_every_request_ends_exactly_once(plane: str, faults: bool) -> None
             await client.direct({"fate": "empty", "items": 0}, worker.id).collect()
         await cluster.settled()
         before, files = tasks_now(), len(open_files())
+        if (
+            plane == "auto" and faults
+        ):  # a worker whose connection was just cut may be reached by the other plane, which pools its own
+            files += 2 * len(cluster.workers) + 2
         ends = await _run(cluster, client, faults=faults)
         await cluster.settled()
         await eventually(lambda: workers.begun == workers.ended, what="every handler that began has ended")
