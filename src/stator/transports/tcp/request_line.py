@@ -161,7 +161,7 @@ class RequestPool:
         self._connects = connects
         self._empty = empty
         self._lines: list[RequestLine] = []
-        self._dialling: asyncio.Task[None] | None = None
+        self._dialling: asyncio.Task[OSError | None] | None = None
         self._callers = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
 
@@ -216,7 +216,15 @@ class RequestPool:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
-    async def _dial(self) -> None:
+    async def _dial(self) -> OSError | None:
+        """Make a line; or why there is none: a failed dial is not a failed task."""
+        try:
+            await self._add_line()
+        except OSError as error:
+            return error
+        return None
+
+    async def _add_line(self) -> None:
         line = RequestLine(config=self._config, wheel=self._wheel, freed=self._freed, gone=self._lost)
         async with self._connects, asyncio.timeout(self._config.connect_timeout):
             await self._wheel.loop.create_connection(lambda: line, self.host, self.port)
@@ -224,10 +232,8 @@ class RequestPool:
             raise ConnectionResetError("the connection ended at once")
         self._lines.append(line)
 
-    def _dialled(self, task: asyncio.Task[None]) -> None:
+    def _dialled(self, task: asyncio.Task[OSError | None]) -> None:
         self._dialling = None
-        if not task.cancelled():
-            task.exception()  # those who wait for it have it; nobody may
         self._freed()
         self._leave_if_empty()
 
@@ -254,10 +260,12 @@ class RequestPool:
             line.abort(reason)
 
 
-async def _shared(task: asyncio.Task[None]) -> None:
-    """Wait for a task that others wait for too. Its own cancellation is an `OSError` here, ours leaves it alone."""
+async def _shared(task: asyncio.Task[OSError | None]) -> None:
+    """Wait for a task that others wait for too; raises what it found. Its own cancellation is an `OSError` here, ours leaves it alone."""
     try:
-        await asyncio.shield(task)
+        failure = await asyncio.shield(task)
+        if failure is not None:
+            raise failure
     except asyncio.CancelledError:
         ours = asyncio.current_task()
         if task.cancelled() and ours is not None and not ours.cancelling():
