@@ -33,7 +33,7 @@ from stator.transports.tcp import CompatibleServer
 # This kit looks into what it tests: counts that have no other reader, and connections to break.
 # pyright: reportPrivateUsage=false
 
-__all__ = ["ENDPOINT", "PLANES", "SOCKET_PLANES", "Cluster", "ClusterWorker", "echo", "open_files", "tasks_now"]
+__all__ = ["ENDPOINT", "PLANES", "SOCKET_PLANES", "Cluster", "ClusterWorker", "echo", "held_by", "open_files", "tasks_now"]
 
 ENDPOINT = "test.backend.generate"
 
@@ -56,14 +56,14 @@ async def echo(request: Any, context: Context) -> AsyncIterator[Any]:
 
 
 def open_files() -> dict[str, str]:
-    """The open files of this process: number → what it is."""
+    """The open files of this process: number → what it is. Without `/dev/null`, which event loops keep for children."""
     found: dict[str, str] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             found[name] = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # the directory itself
             continue
-    return found
+    return {name: what for name, what in found.items() if what != "/dev/null"}
 
 
 def tasks_now() -> list[str]:
@@ -176,12 +176,8 @@ class Cluster:
 
     def leftovers(self) -> dict[str, int]:
         """What requests hold anywhere in the cluster; empty when nothing is going on."""
-        held: dict[str, int] = {}
-        for number, runtime in enumerate(self.runtimes):
-            for what, count in _held_by(runtime._services):
-                if count:
-                    held[f"runtime {number}: {what}"] = held.get(f"runtime {number}: {what}", 0) + count
-        return held
+        members = enumerate(self.runtimes)
+        return {f"runtime {number}: {what}": count for number, member in members for what, count in held_by(member).items()}
 
     async def settled(self, *, within: float = 10.0) -> None:
         """Wait until requests hold nothing; AssertionError naming what is held after `within` seconds."""
@@ -189,6 +185,15 @@ class Cluster:
             await eventually(lambda: not self.leftovers(), within=within)
         except AssertionError:
             raise AssertionError(f"still held after {within} s: {self.leftovers()}") from None
+
+
+def held_by(runtime: Runtime) -> dict[str, int]:
+    """What requests hold in one runtime, served or made by it; empty when nothing is going on."""
+    held: dict[str, int] = {}
+    for what, count in _held_by(runtime._services):
+        if count:
+            held[what] = held.get(what, 0) + count
+    return held
 
 
 def _held_by(services: Services) -> Iterable[tuple[str, int]]:
