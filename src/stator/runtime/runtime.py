@@ -66,7 +66,7 @@ class Runtime:
             own["discovery"] = discovery
         if isinstance(plane, str):
             own["plane"] = plane
-        config, routing = await asyncio.to_thread(_settings, own, sections)
+        config, routing, planes = await asyncio.to_thread(_prepare, plane, own, sections)
         clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
         raise_file_limit()
         async with AsyncExitStack() as stack:
@@ -87,7 +87,7 @@ class Runtime:
                 observer=ViewsObserver(views),
                 overrides=sections,
             )
-            network = Network(_planes(plane, config), host, retry=config.native_retry)
+            network = Network(planes, host, retry=config.native_retry)
             stack.push_async_callback(network.aclose)
             scope = await stack.enter_async_context(Scope("runtime"))
             services = Services(
@@ -174,10 +174,13 @@ class Runtime:
         await self._services.discovery.unregister(record.key)
 
 
-def _settings(own: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[RuntimeConfig, RoutingConfig]:
-    """Reads the disk: the settings file, and what is installed."""
+def _prepare(
+    plane: str | MemoryNetwork | None, own: Mapping[str, Any], sections: Mapping[str, Any]
+) -> tuple[RuntimeConfig, RoutingConfig, PlaneChoice]:
+    """All that reads the disk: the settings file, what is installed, the modules of the planes. Not for the event loop."""
     check_settings()
-    return settings.load(RuntimeConfig, own), settings.load(RoutingConfig, _of_section("routing", sections))
+    config = settings.load(RuntimeConfig, own)
+    return config, settings.load(RoutingConfig, _of_section("routing", sections)), _planes(plane, config)
 
 
 async def _follow(program: asyncio.Event, closing: asyncio.Event) -> None:
@@ -199,7 +202,7 @@ async def _open_discovery(
     if isinstance(given, MemoryStore):
         opened: Any = MemoryDiscovery(given, clock=clock, random=random)
     else:
-        factory = load_plugin("stator.discovery", config.discovery)
+        factory = await asyncio.to_thread(load_plugin, "stator.discovery", config.discovery)
         kind = config_type(factory)
         if kind is None:
             raise ConfigError(f"discovery plug-in {config.discovery!r} does not say which settings it takes")
