@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -161,6 +162,14 @@ def test_what_is_installed_or_made_exists(document: Path) -> None:
         elif line.startswith("stator "):
             words = shlex.split(line)
             assert {word for word in words if word.startswith("--")} <= options_of(words[1]), line
+
+
+def test_make_serve_is_the_shown_service_beside_others() -> None:
+    """Two of them may run side by side: a free port, and a discovery directory of its own."""
+    planned = subprocess.run(["make", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
+    words = planned.splitlines()[-1].split()
+    assert words[0].endswith("/stator")
+    assert words[1:] == "serve --engine echo --workers 2 --port 0 --isolated".split()
 
 
 @cache
