@@ -169,7 +169,7 @@ def test_make_serve_is_the_shown_service_beside_others() -> None:
     planned = subprocess.run(["make", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
     words = planned.splitlines()[-1].split()
     assert words[0].endswith("/stator")
-    assert words[1:] == "serve --engine echo --workers 2 --port 0 --isolated".split()
+    assert words[1:] == ["serve", "--engine", "echo", "--workers", "2", "--port", "0", "--isolated"]
 
 
 @cache
