@@ -154,8 +154,13 @@ async def test_leaving_early_ends_the_handler_soon(cluster: Cluster, how: str) -
     await cluster.worker(worker)
     client = await cluster.client()
     delays: list[float] = []
+    held: list[Any] = []
     for number in range(1, 12):
-        left = await _leave_early(client.generate(None), how, lambda number=number: len(worker.contexts) == number)
+        stream = client.generate(None)
+        if how != "drop":
+            held.append(stream)  # or its end would be the reason
+        left = await _leave_early(stream, how, lambda number=number: len(worker.contexts) == number)
+        del stream
         await eventually(lambda number=number: len(worker.ended) == number, what="the handler was cancelled")
         delays.append(worker.ended[-1] - left)
     assert statistics.median(delays) < CANCEL_WITHIN
