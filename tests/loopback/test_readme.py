@@ -166,7 +166,9 @@ def test_what_is_installed_or_made_exists(document: Path) -> None:
 
 def test_make_serve_is_the_shown_service_beside_others() -> None:
     """Two of them may run side by side: a free port, and a discovery directory of its own."""
-    planned = subprocess.run(["make", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
+    planned = subprocess.run(
+        ["make", "--no-print-directory", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    ).stdout
     words = planned.splitlines()[-1].split()
     assert words[0].endswith("/stator")
     assert words[1:] == ["serve", "--engine", "echo", "--workers", "2", "--port", "0", "--isolated"]
