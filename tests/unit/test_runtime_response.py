@@ -361,9 +361,9 @@ async def test_an_error_of_the_handler_says_nothing_about_the_instance(world: Wo
     ],
 )
 async def test_each_wait_is_bounded_and_named(phase: Phase, limit: str, inhibits: bool) -> None:
-    world = World(instances=1)
+    world = World(instances=1, **{f"{limit}_timeout": 2.0})
     world.plane.default = hang(phase)
-    task = asyncio.ensure_future(world.client.generate("hi", limits={limit: 2.0}).collect())
+    task = asyncio.ensure_future(world.client.generate("hi").collect())
     await eventually(lambda: bool(world.opened))
     world.clock.advance(1.9, world.wheel)
     await asyncio.sleep(0)
@@ -375,6 +375,17 @@ async def test_each_wait_is_bounded_and_named(phase: Phase, limit: str, inhibits
     assert caught.value.instance == 1
     assert world.states() == {1: "inhibited" if inhibits else "free"}
     world.check_nothing_held()
+
+
+async def test_a_caller_in_a_hurry_says_nothing_about_the_instance() -> None:
+    world = World(instances=1)
+    world.plane.default = hang(Phase.ACCEPT)
+    task = asyncio.ensure_future(world.client.generate("hi", limits={"accept": 0.5}).collect())
+    await eventually(lambda: bool(world.opened))
+    world.clock.advance(0.8, world.wheel)
+    with pytest.raises(Timeout):
+        await task
+    assert world.states() == {1: "free"}
 
 
 # -- nobody there

@@ -320,7 +320,7 @@ class ResponseStream:
             if not delivered:
                 availability.mark_overloaded(instance, now)
         elif isinstance(error, Timeout):
-            if error.phase in _INHIBITING_PHASES:
+            if self._was_patient(error.phase):
                 availability.mark_inhibited(instance, now, error.message)
         elif (
             isinstance(error, Disconnected | ConnectFailed)
@@ -328,6 +328,14 @@ class ResponseStream:
             or (isinstance(error, EngineError) and error.kind == "EngineShutdown")
         ):
             availability.mark_inhibited(instance, now, error.message)
+
+    def _was_patient(self, phase: str) -> bool:
+        """Whether running out of time in `phase` tells something: it is the instance's part, and the caller waited as long as is usual."""
+        field = _INHIBITING_PHASES.get(phase)
+        if field is None:
+            return False
+        waited, usual = (getattr(limits, field) for limits in (self._patience.limits, self._services.config.limits))
+        return waited is None or usual is None or waited >= usual
 
     # -- ending
 
@@ -387,4 +395,5 @@ def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None) -> N
 
 
 _ENDED = Phase.ENDED
-_INHIBITING_PHASES = frozenset({Phase.CONNECT.label, Phase.ACCEPT.label, Phase.CALL_HOME.label})
+_INHIBITING_PHASES = {Phase.CONNECT.label: "connect", Phase.ACCEPT.label: "accept", Phase.CALL_HOME.label: "call_home"}
+"""phases by label → the limit for them"""
