@@ -135,7 +135,7 @@ def step_compatible_out() -> tuple[Work, Any]:
     def work() -> int:
         for item in _ITEMS:
             writer.send(item)
-        return len(writer.data_to_send())
+        return sum(map(len, writer.data_to_send()))
 
     return work, work()
 
@@ -151,10 +151,10 @@ def step_compatible_in() -> tuple[Work, Any]:
     writer = ResponseWriter(subject="benchmark", codec="json")
     writer.data_to_send()  # the handshake is not the reader's business
     writer.accept()
-    reader.receive_data(writer.data_to_send())
+    reader.receive_data(b"".join(writer.data_to_send()))
     for item in _ITEMS:
         writer.send(item)
-    data = writer.data_to_send()
+    data = b"".join(writer.data_to_send())
 
     def work() -> list[Any]:
         reader.receive_data(data)
