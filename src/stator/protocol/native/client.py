@@ -98,9 +98,9 @@ class ClientStream:
         if self._uncredited * 2 >= self._window:
             self._return_credit()
 
-    def send_later(self, body: bytes) -> None:
+    def send_later(self, opening: bytes, payload: bytes) -> None:
         """Queue the OPEN among the stream data: it is large, or the transport is paused."""
-        self._request = RequestSender(self.number, body)
+        self._request = RequestSender(self.number, opening, payload)
         self._session.outgoing.ready(self._request)
 
     def withdraw(self) -> bool | None:
@@ -235,11 +235,12 @@ class ClientSession(Session):
         number = self._number()
         window = self._budget.window()
         stream = self.streams[number] = ClientStream(self, number, receiver, window)
-        body = b"".join((_OPENING(window, len(head)), head, envelope.payload))
-        if len(body) <= MAX_PAYLOAD and self.outgoing.writable:
-            self.outgoing.control(pack_header(len(body), OPEN, 0, 0, number) + body)
+        opening = _OPENING(window, len(head)) + head
+        size = len(opening) + len(envelope.payload)
+        if size <= MAX_PAYLOAD and self.outgoing.writable:
+            self.outgoing.control(b"".join((pack_header(size, OPEN, 0, 0, number), opening, envelope.payload)))
         else:
-            stream.send_later(body)
+            stream.send_later(opening, envelope.payload)
         receiver.phase = Phase.ACCEPT
         return stream
 

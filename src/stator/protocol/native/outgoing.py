@@ -10,6 +10,8 @@ __all__ = ["ITEM_OVERHEAD", "Outgoing", "RequestSender", "Sender"]
 ITEM_OVERHEAD = 64
 """bytes an item is charged beyond its own, so that empty items are not free"""
 
+Buffer = bytes | memoryview
+
 FLUSH_LIMIT = 1024 * 1024
 """bytes of stream data one flush takes"""
 
@@ -30,7 +32,7 @@ class Outgoing:
         self.writable = True
         """False while the transport asks its producers to pause"""
         self._awake = False
-        self._control: list[bytes] = []
+        self._control: list[Buffer] = []
         self._ready: deque[Sender | RequestSender] = deque()
 
     def __len__(self) -> int:
@@ -166,7 +168,7 @@ class Sender:
             self.outgoing.remove(self)
             self.queued = False
 
-    def fill(self, out: list[bytes]) -> int:
+    def fill(self, out: list[Buffer]) -> int:
         """Append one frame (and the END, if it comes next) to `out`; returns the bytes taken. Clears `queued` when nothing is left."""
         size = self._size
         if size <= MAX_PAYLOAD and not self._offset:
@@ -197,7 +199,7 @@ class Sender:
             self.drained()
         return size
 
-    def _fill_large(self, out: list[bytes]) -> int:
+    def _fill_large(self, out: list[Buffer]) -> int:
         """More than a frame holds: as many whole items as fit, or one fragment of an item that does not."""
         parts = self._parts
         first = parts[0]
@@ -215,45 +217,44 @@ class Sender:
         self._size -= size
         return size
 
-    def _fragment(self, out: list[bytes], item: bytes) -> int:
-        piece = item[self._offset : self._offset + MAX_PAYLOAD]
+    def _fragment(self, out: list[Buffer], item: bytes) -> int:
+        piece = memoryview(item)[self._offset : self._offset + MAX_PAYLOAD]
         size = len(piece)
         self._offset += size
         if self._offset < len(item) or size == MAX_PAYLOAD:
-            out.append(pack_header(size, ITEMS, MORE, 0, self.number))
+            out += (pack_header(size, ITEMS, MORE, 0, self.number), piece)
         else:
-            out.append(pack_header(size + 1, ITEMS, 0, 1, self.number))
-            piece += b"\n"
             size += 1
+            out += (pack_header(size, ITEMS, 0, 1, self.number), piece, b"\n")
             self._offset = 0
             del self._parts[0]
-        out.append(piece)
         self._size -= size
         return size
 
 
 class RequestSender:
-    """An OPEN message larger than one frame, or one that a paused transport held up, on its way out piece by piece."""
+    """An OPEN message larger than one frame, or one that a paused transport held up, on its way out piece by piece.
 
-    __slots__ = ("_body", "_offset", "number", "queued")
+    `opening` is all of it but the payload, and fits in the first frame.
+    """
 
-    def __init__(self, number: int, body: bytes) -> None:
+    __slots__ = ("_opening", "_payload", "number", "queued", "started")
+
+    def __init__(self, number: int, opening: bytes, payload: bytes) -> None:
         self.number = number
         self.queued = True
-        self._body = body
-        self._offset = 0
+        self.started = False
+        """whether a part of it has left"""
+        self._opening = opening
+        self._payload = memoryview(payload)
 
-    @property
-    def started(self) -> bool:
-        """Whether a part of it has left."""
-        return self._offset > 0
-
-    def fill(self, out: list[bytes]) -> int:
+    def fill(self, out: list[Buffer]) -> int:
         """Append the next fragment."""
-        piece = self._body[self._offset : self._offset + MAX_PAYLOAD]
-        self._offset += len(piece)
-        self.queued = self._offset < len(self._body)
-        out.append(frame(OPEN, self.number, piece, flags=MORE if self.queued else 0))
-        if not self.queued:
-            self._body = b""
-        return len(piece)
+        opening, self._opening = self._opening, b""
+        room = MAX_PAYLOAD - len(opening)
+        piece, self._payload = self._payload[:room], self._payload[room:]
+        size = len(opening) + len(piece)
+        self.started = True
+        self.queued = len(self._payload) > 0
+        out += (pack_header(size, OPEN, MORE if self.queued else 0, 0, self.number), opening, piece)
+        return size

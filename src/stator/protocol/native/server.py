@@ -189,7 +189,7 @@ class ServerSession(Session):
         if not flags & MORE:
             body = b"".join(arriving.parts)
             if not self._drop_arriving(number).refused:
-                self._open(number, body)
+                self._open(number, memoryview(body))
 
     def _collect(self, arriving: _Arriving, number: int, payload: bytes) -> None:
         if arriving.size + len(payload) > self.hello.limits.request + 2 * MAX_PAYLOAD:
@@ -212,7 +212,7 @@ class ServerSession(Session):
         self._budget.give(arriving.size)
         return arriving
 
-    def _open(self, number: int, body: bytes) -> None:
+    def _open(self, number: int, body: bytes | memoryview) -> None:
         if len(body) < _OPENING.size:
             raise PeerProtocolError(f"OPEN has only {len(body)} bytes")
         credit, head_length = _OPENING.unpack_from(body)
