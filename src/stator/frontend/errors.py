@@ -1,4 +1,4 @@
-"""The one table from our errors to what an OpenAI client sees.
+"""The one table from our errors to what an OpenAI client sees. Statuses are those of the errors themselves (`stator.errors`).
 
 Shape of every error body: `{"error": {"message", "type", "param", "code"}}`. What a client did wrong is told in full; what went
 wrong inside is told by kind and request id only, the log has the rest under the same id.
@@ -50,7 +50,7 @@ class Rejected(UsageError):
 
 
 DRAINING = Failure(
-    status=503,
+    status=Unavailable.http_status,
     message="The service is shutting down.",
     type="server_error",
     code="unavailable",
@@ -59,42 +59,34 @@ DRAINING = Failure(
 )
 
 
-_TABLE: tuple[tuple[type[StatorError], int, str, str, bool, str], ...] = (
-    # error, status (0: the configured overload status), code, metric label, Retry-After, text
-    (Overloaded, 0, "overloaded", "overload", True, "All workers of the model `{model}` are at capacity; try again later."),
-    (Unavailable, 503, "unavailable", "unavailable", True, "No worker of the model `{model}` is ready; try again shortly."),
-    (Timeout, 504, "timeout", "internal", False, "The worker did not answer in time{phase}."),
-    (
-        Disconnected,
-        502,
-        "worker_lost",
-        "internal",
-        False,
-        "The connection to the worker was lost before the answer was complete.",
-    ),
-    (PeerProtocolError, 502, "bad_worker", "internal", False, "The worker sent an answer that cannot be read."),
-    (Cancelled, 500, "cancelled", "cancelled", False, "The request was cancelled by the server."),
-    (EngineError, 500, "engine", "internal", False, "The worker failed while answering."),
+_TABLE: tuple[tuple[type[StatorError], str, str, bool, str], ...] = (
+    # error, code, metric label, Retry-After, text
+    (Overloaded, "overloaded", "overload", True, "All workers of the model `{model}` are at capacity; try again later."),
+    (Unavailable, "unavailable", "unavailable", True, "No worker of the model `{model}` is ready; try again shortly."),
+    (Timeout, "timeout", "internal", False, "The worker did not answer in time{phase}."),
+    (Disconnected, "worker_lost", "internal", False, "The connection to the worker was lost before the answer was complete."),
+    (PeerProtocolError, "bad_worker", "internal", False, "The worker sent an answer that cannot be read."),
+    (Cancelled, "cancelled", "cancelled", False, "The request was cancelled by the server."),
+    (EngineError, "engine", "internal", False, "The worker failed while answering."),
 )
 
 
-def describe(error: Exception, *, request_id: str, model: str = "", overload_status: int = 503) -> Failure:
+def describe(error: Exception, *, request_id: str, model: str = "", overload_status: int = Overloaded.http_status) -> Failure:
     """What the client is told about `error`. Never fails and never shows internals."""
     if isinstance(error, Rejected):
         return error.failure
     if isinstance(error, InvalidRequest):
         return Failure(status=error.status, message=error.message, param=error.param, code=error.openai_code)
     if isinstance(error, EngineError) and error.kind == "InvalidArgument":
-        return Failure(status=400, message=error.message, code="invalid_argument")
-    for kind, status, code, label, retry, text in _TABLE:
+        return Failure(status=error.http_status, message=error.message, code="invalid_argument")
+    for kind, code, label, retry, text in _TABLE:
         if isinstance(error, kind):
+            status = overload_status if kind is Overloaded else error.http_status
             phase = f" (waiting for: {error.phase})" if error.phase else ""
             message = f"{text.format(model=model, phase=phase)} Request id: {request_id}"
-            return Failure(
-                status=status or overload_status, message=message, type="server_error", code=code, label=label, retry=retry
-            )
+            return Failure(status=status, message=message, type="server_error", code=code, label=label, retry=retry)
     return Failure(
-        status=500,
+        status=StatorError.http_status,
         message=f"The server failed while handling the request. Request id: {request_id}",
         type="server_error",
         code="internal",

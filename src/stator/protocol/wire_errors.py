@@ -23,7 +23,7 @@ from stator.errors import (
 from stator.protocol.stream import Phase
 from stator.protocol.values import DECODE_ERRORS
 
-__all__ = ["BACKEND_KINDS", "WireError", "engine_error", "from_wire", "is_migratable", "to_wire"]
+__all__ = ["BACKEND_KINDS", "RUNTIME_KINDS", "WireError", "engine_error", "from_wire", "is_migratable", "to_wire"]
 
 BACKEND_KINDS = frozenset(
     {
@@ -39,6 +39,21 @@ BACKEND_KINDS = frozenset(
     }
 )
 """What may stand in `{"Backend": …}`: a reader of 1.3.1 cannot decode an item that names another kind."""
+
+RUNTIME_KINDS = frozenset(
+    {
+        "Unknown",
+        "InvalidArgument",
+        "CannotConnect",
+        "Disconnected",
+        "ConnectionTimeout",
+        "ResponseTimeout",
+        "Cancelled",
+        "ResourceExhausted",
+        "Unavailable",
+    }
+)
+"""What may stand there as plain text, the same way."""
 
 
 class WireError(msgspec.Struct, frozen=True, kw_only=True):
