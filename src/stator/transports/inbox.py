@@ -30,6 +30,8 @@ class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
     prologue: float | None = 60.0
     first_item: float | None = 300.0
     items: float | None = 120.0
+    input: float | None = 300.0
+    """bidirectional requests: until the other side sends an input, or takes one"""
     total: float | None = None
 
     def __post_init__(self) -> None:
@@ -42,17 +44,19 @@ class PhaseLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Patience:
     """`PhaseLimits` made ready for use: computed once per client, not once per request."""
 
-    __slots__ = ("by_phase", "deadline", "limits", "look_every", "total")
+    __slots__ = ("by_phase", "deadline", "input", "limits", "look_every", "total")
 
     def __init__(self, limits: PhaseLimits) -> None:
         self.limits = limits
         given = (limits.connect, limits.accept, limits.call_home, limits.prologue, limits.first_item, limits.items, None)
         self.by_phase = tuple(_NEVER if limit is None else limit for limit in given)
         """seconds, by phase"""
+        self.input = _NEVER if limits.input is None else limits.input
+        """seconds to wait with an input"""
         self.deadline = limits.total
         """seconds for the whole request, as it travels in the envelope"""
         self.total = _NEVER if limits.total is None else limits.total
-        self.look_every = min(*self.by_phase, self.total, _LOOK_AT_LEAST)
+        self.look_every = min(*self.by_phase, self.input, self.total, _LOOK_AT_LEAST)
         """seconds between looks at a stream: no limit is noticed later than this"""
 
     def within(self, seconds: float) -> "Patience":

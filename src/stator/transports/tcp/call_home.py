@@ -20,6 +20,7 @@ from stator.transports.plane import PlaneHost
 from stator.transports.tcp.address import is_loopback, is_wildcard, join_host_port, numeric_host
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
+from stator.transports.tcp.input_sender import CompatibleInputSender
 
 __all__ = ["CallHomeListener", "ExpectedStream"]
 
@@ -40,7 +41,7 @@ also when this process dies; and no port has to rest in TIME_WAIT, which costs h
 class ExpectedStream:
     """One request of a client from before it is sent to its end: the inbox's link to the plane."""
 
-    __slots__ = ("_connection", "_inbox", "home", "line", "reader", "subject")
+    __slots__ = ("_connection", "_inbox", "home", "inputs", "line", "reader", "subject")
 
     def __init__(self, listener: "CallHomeListener", inbox: Inbox, codec: Codec, limit: int) -> None:
         self.subject = listener.new_subject()
@@ -49,6 +50,8 @@ class ExpectedStream:
         self.home = listener
         self.line: object = None
         """the request connection it was sent on"""
+        self.inputs: CompatibleInputSender | None = None
+        """a bidirectional request's"""
         self._connection: CallHomeConnection | None = None
 
     @property
@@ -88,6 +91,8 @@ class ExpectedStream:
 
     def stop(self) -> None:
         self.reader.stop()
+        if self.inputs is not None:
+            self.inputs.stop()
         if self._connection is not None:
             self._connection.flush()
 
@@ -144,7 +149,10 @@ class CallHomeConnection(asyncio.Protocol):
                 return
             handshake, rest = found
             self._handshake = None
-            stream = self._listener.claim(self, handshake.subject, handshake.stream_type)
+            if handshake.stream_type == "request":
+                self._carry_inputs(self._listener.claim_inputs(self, handshake.subject))
+                return
+            stream = self._listener.claim(self, handshake.subject)
         except PeerProtocolError as error:
             self._listener.violated(error)
             self.abort()
@@ -155,6 +163,12 @@ class CallHomeConnection(asyncio.Protocol):
             self.abort()
         elif rest:
             self.data_received(rest)
+
+    def _carry_inputs(self, sender: CompatibleInputSender) -> None:
+        """The connection is for a caller's inputs: what happens on it from now on is their sender's."""
+        assert self._transport is not None
+        self._transport.set_protocol(sender)
+        sender.connected(self._transport, lambda: self._listener.closed(self))
 
     def _settle(self, stream: ExpectedStream) -> None:
         """What the bytes just read ask of the connection."""
@@ -235,6 +249,8 @@ class CallHomeListener:
         self._config = config
         self._wheel = wheel
         self._expected: dict[str, ExpectedStream] = {}
+        self._inputs: dict[str, CompatibleInputSender] = {}
+        """by subject, until their worker has called"""
         self._subjects: list[str] = []
         self._silent: dict[CallHomeConnection, None] = {}
         self._connected: set[CallHomeConnection] = set()
@@ -270,7 +286,7 @@ class CallHomeListener:
     @property
     def open_streams(self) -> int:
         """Requests that wait for their worker, and connections that have not ended."""
-        return len(self._expected) + len(self._connected)
+        return len(self._expected) + len(self._inputs) + len(self._connected)
 
     # -- subjects
 
@@ -286,6 +302,15 @@ class CallHomeListener:
         stream = ExpectedStream(self, inbox, codec, self._config.max_item_size)
         self._expected[stream.subject] = stream
         return stream
+
+    def expect_inputs(self, stream: ExpectedStream, codec: Codec) -> CompatibleInputSender:
+        """Register a subject for the inputs of a bidirectional request, besides that of its answer."""
+        subject = self.new_subject()
+        sender = CompatibleInputSender(
+            subject=subject, codec=codec, loop=self._wheel.loop, forget=lambda: self._inputs.pop(subject, None)
+        )
+        self._inputs[subject] = stream.inputs = sender
+        return sender
 
     def forget(self, stream: ExpectedStream) -> None:
         """The request will not be answered: whoever calls home with its subject is turned away."""
@@ -317,16 +342,21 @@ class CallHomeListener:
         if len(self._silent) > self._config.max_silent:
             next(iter(self._silent)).abort()
 
-    def claim(self, connection: CallHomeConnection, subject: str, stream_type: str) -> ExpectedStream:
-        """The stream that a handshake is for. `PeerProtocolError` when nobody expects it."""
+    def claim(self, connection: CallHomeConnection, subject: str) -> ExpectedStream:
+        """The stream whose answer a handshake announces. `PeerProtocolError` when nobody expects it."""
         self._silent.pop(connection, None)
-        stream = self._expected.get(subject)
+        stream = self._expected.pop(subject, None)
         if stream is None:
-            raise PeerProtocolError("nobody expects this subject")
-        if stream_type != "response":
-            raise PeerProtocolError(f"a {stream_type} stream is not expected for this subject")
-        del self._expected[subject]
+            raise PeerProtocolError("nobody expects an answer for this subject")
         return stream
+
+    def claim_inputs(self, connection: CallHomeConnection, subject: str) -> CompatibleInputSender:
+        """Whose inputs a handshake asks for. `PeerProtocolError` when nobody has any for it."""
+        self._silent.pop(connection, None)
+        sender = self._inputs.pop(subject, None)
+        if sender is None:
+            raise PeerProtocolError("nobody expects to send inputs for this subject")
+        return sender
 
     def closed(self, connection: CallHomeConnection) -> None:
         """A connection ended."""

@@ -15,6 +15,7 @@ from stator.protocol.two_part import message_parts
 from stator.protocol.values import from_json
 from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
+from stator.transports.inputs import DuplexInbox
 from stator.transports.opening import while_wanted
 from stator.transports.plane import PlaneHost
 from stator.transports.tcp.address import InstanceAddress, is_local
@@ -75,13 +76,20 @@ class CompatibleClient:
         if inbox.ended:
             return
         # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
-        stream = self._listener.expect(inbox, self._codec(record))
+        codec = self._codec(record)
+        stream = self._listener.expect(inbox, codec)
+        sender = self._listener.expect_inputs(stream, codec) if envelope.streams_in else None
         try:
-            frame = self._frame(address.path, envelope, stream, self._codec(record))
+            frame = self._frame(address.path, envelope, stream, codec)
         except BaseException:
             self._listener.forget(stream)
+            if sender is not None:
+                sender.close()
             raise
         inbox.link = stream
+        if sender is not None:
+            assert isinstance(inbox, DuplexInbox)
+            inbox.sender = sender
         inbox.advance(Phase.ACCEPT)
         line.send(frame, stream)
 
@@ -118,12 +126,18 @@ class CompatibleClient:
         """The request frame. Raises `UsageError` when the request is too large."""
         home = CallHomeAddress(address=self._listener.address, subject=stream.subject, context=envelope.id)
         message = ControlMessage(id=envelope.id, payload_codec=codec, connection_info=ConnectionInfo.of(home))
+        payload = from_json(envelope.payload, codec) if stream.inputs is None else b""
+        if stream.inputs is not None:
+            inputs = msgspec.structs.replace(home, subject=stream.inputs.subject, stream_type="request")
+            message = msgspec.structs.replace(
+                message, request_type="many_in", request_stream_connection_info=ConnectionInfo.of(inputs)
+            )
         if envelope.metadata:
             message = msgspec.structs.replace(message, metadata=dict(sorted(envelope.metadata.items())))
         return encode_request_frame(
             path,
             request_headers(path, envelope, wall=self._clock.wall()),
-            *message_parts(encode_control_message(message), from_json(envelope.payload, codec)),
+            *message_parts(encode_control_message(message), payload),
             limit=self._config.max_message_size,
         )
 
