@@ -5,7 +5,8 @@ from stator.telemetry.logs import LogConfig, configure_logging, parse_levels
 from stator.telemetry.metric import Counter, Family, Gauge, Histogram
 from stator.telemetry.metric_set import MetricSet
 from stator.telemetry.registry import CONTENT_TYPE, MetricRegistry
-from stator.telemetry.trace import TraceContext, parse_traceparent
+from stator.telemetry.request_log import Outcome, RequestLog
+from stator.telemetry.trace import TraceContext, continue_trace, parse_traceparent
 from stator.telemetry.work_handler import RequestPlaneMetrics, WorkerProcessMetrics, WorkError, WorkHandlerMetrics
 
 __all__ = [
@@ -20,12 +21,15 @@ __all__ = [
     "MetricRegistry",
     "MetricSet",
     "MetricsLevel",
+    "Outcome",
+    "RequestLog",
     "RequestPlaneMetrics",
     "TraceContext",
     "WorkError",
     "WorkHandlerMetrics",
     "WorkerProcessMetrics",
     "configure_logging",
+    "continue_trace",
     "parse_levels",
     "parse_traceparent",
 ]

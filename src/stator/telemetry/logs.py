@@ -9,8 +9,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Annotated, Any, Literal, TextIO
+from weakref import WeakMethod
 
 import msgspec
 
@@ -18,7 +19,17 @@ from stator.config import Config, Secret, Setting
 from stator.errors import ConfigError
 from stator.settings import wants_color
 
-__all__ = ["JsonFormatter", "LogConfig", "TextFormatter", "configure_logging", "parse_levels"]
+__all__ = [
+    "JsonFormatter",
+    "LineHandler",
+    "LogConfig",
+    "TextFormatter",
+    "configure_logging",
+    "level_text",
+    "on_configured",
+    "parse_levels",
+    "text_field",
+]
 
 TRACE = 5
 OFF = 100
@@ -106,9 +117,11 @@ def configure_logging(
     `secrets` are blacked out wherever they might turn up in a line, exceptions of libraries included.
     """
     out: TextIO = sys.stderr if stream is None else stream
-    hidden = tuple(secret.reveal() for secret in secrets if secret and len(secret.reveal()) >= _SHORTEST_SECRET)
+    revealed = [secret.reveal() for secret in secrets if secret and len(secret.reveal()) >= _SHORTEST_SECRET]
+    # Fields are quoted as JSON, in which a secret may look different.
+    hidden = tuple(dict.fromkeys(form for text in revealed for form in (text, msgspec.json.encode(text).decode()[1:-1])))
     zone = None if config.log_local_time else UTC
-    handler = logging.StreamHandler(out)
+    handler = LineHandler(out)
     handler.setFormatter(
         JsonFormatter(zone=zone, hidden=hidden)
         if config.log_format == "json"
@@ -122,27 +135,52 @@ def configure_logging(
     for target, level in levels.items():
         logging.getLogger(target).setLevel(level)
     logging.captureWarnings(True)
+    _tell()
 
     def undo() -> None:
         logging.captureWarnings(False)
         root.handlers[:] = before_handlers
         for target, level in before_levels.items():
             logging.getLogger(target).setLevel(level)
+        _tell()
 
     return undo
+
+
+_listeners: list[WeakMethod[Callable[[], None]]] = []
+
+
+def on_configured(listener: Callable[[], None]) -> None:
+    """Call the bound method `listener` whenever `configure_logging` changed what is logged, as long as its object lives."""
+    _listeners.append(WeakMethod(listener))
+
+
+def _tell() -> None:
+    _listeners[:] = [one for one in _listeners if one() is not None]
+    for one in _listeners:
+        if (listener := one()) is not None:
+            listener()
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """The handler of `configure_logging`. Who holds its lock may write whole lines to its stream."""
 
 
 class _Formatter(logging.Formatter):
     """What both formats share. Formatting never raises: a value that cannot be shown is shown as its type."""
 
-    def __init__(self, *, zone: Any = UTC, hidden: tuple[str, ...] = ()) -> None:
+    def __init__(self, *, zone: tzinfo | None = UTC, hidden: tuple[str, ...] = ()) -> None:
+        """`zone` None is the local one; `hidden` are texts that must not be shown."""
         super().__init__()
-        self._zone = zone
-        self._hidden = hidden
+        self.zone = zone
+        self.hidden = hidden
 
     def format(self, record: logging.LogRecord) -> str:
-        line = self.line(record)
-        for secret in self._hidden:
+        return self.conceal(self.line(record))
+
+    def conceal(self, line: str) -> str:
+        """`line` with the secrets blacked out."""
+        for secret in self.hidden:
             line = line.replace(secret, "***")
         return line
 
@@ -152,23 +190,25 @@ class _Formatter(logging.Formatter):
     def time_of(self, record: logging.LogRecord) -> str:
         """Six digits of a second; `Z` or the offset."""
         moment = datetime.fromtimestamp(record.created, UTC)
-        if self._zone is UTC:
+        if self.zone is UTC:
             return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        return moment.astimezone(self._zone).isoformat(timespec="microseconds")
+        return moment.astimezone(self.zone).isoformat(timespec="microseconds")
 
 
 class JsonFormatter(_Formatter):
-    """One JSON object a line: time, level, file, line, target, message, then all other fields sorted by name."""
+    """One JSON object a line: time, level, file, line, target, message, then all other fields sorted by name.
+
+    A record that names no file has neither `file` nor `line`.
+    """
 
     def line(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = {
             "time": self.time_of(record),
-            "level": _level(record),
-            "file": record.pathname,
-            "line": record.lineno,
-            "target": record.name,
-            "message": _message(record),
+            "level": level_text(record.levelno),
         }
+        if record.pathname:
+            fields |= {"file": record.pathname, "line": record.lineno}
+        fields |= {"target": record.name, "message": _message(record)}
         extra = _extra(record)
         if trouble := _exception(record):
             extra["exception"] = trouble
@@ -179,28 +219,29 @@ class JsonFormatter(_Formatter):
 class TextFormatter(_Formatter):
     """`<time>  INFO target: message key=value …`, coloured on a terminal; a traceback follows on lines of its own."""
 
-    def __init__(self, *, zone: Any = UTC, hidden: tuple[str, ...] = (), color: bool = False) -> None:
+    def __init__(self, *, zone: tzinfo | None = UTC, hidden: tuple[str, ...] = (), color: bool = False) -> None:
         super().__init__(zone=zone, hidden=hidden)
-        self._color = color
+        self.color = color
+
+    def head(self, time: str, level: int) -> str:
+        """What a line begins with: the time and the level."""
+        name = level_text(level)
+        if self.color:
+            return f"\x1b[2m{time}\x1b[0m \x1b[{_COLORS[name]}m{name:>5}\x1b[0m"
+        return f"{time} {name:>5}"
 
     def line(self, record: logging.LogRecord) -> str:
-        level = _level(record)
-        shown = f"{level:>5}"
-        time = self.time_of(record)
-        if self._color:
-            shown = f"\x1b[{_COLORS[level]}m{shown}\x1b[0m"
-            time = f"\x1b[2m{time}\x1b[0m"
-        parts = [f"{time} {shown} {record.name}: {_escaped(_message(record))}"]
-        parts.extend(f"{key}={_field(value)}" for key, value in _extra(record).items())
+        parts = [f"{self.head(self.time_of(record), record.levelno)} {record.name}: {_escaped(_message(record))}"]
+        parts.extend(f"{key}={text_field(value)}" for key, value in _extra(record).items())
         line = " ".join(parts)
         trouble = _exception(record)
         return f"{line}\n{trouble}" if trouble else line
 
 
-def _level(record: logging.LogRecord) -> str:
+def level_text(level: int) -> str:
     """The reference's five words."""
     for name, number in (("ERROR", logging.ERROR), ("WARN", logging.WARNING), ("INFO", logging.INFO), ("DEBUG", logging.DEBUG)):
-        if record.levelno >= number:
+        if level >= number:
             return name
     return "TRACE"
 
@@ -244,7 +285,8 @@ def _escaped(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _field(value: object) -> str:
+def text_field(value: object) -> str:
+    """A value as the text format shows it: quoted where a plain word would be misread."""
     if not isinstance(value, str):
         return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
     if _PLAIN_VALUE.fullmatch(value) and value.isprintable():

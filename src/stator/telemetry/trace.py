@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from random import Random
+from random import Random, SystemRandom
 
 import msgspec
 
-__all__ = ["TraceContext", "parse_traceparent"]
+__all__ = ["TraceContext", "continue_trace", "parse_traceparent", "request_id_of"]
 
 # version-traceid-parentid-flags; a version after 00 may append more fields (W3C Trace Context, section 3.2).
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _MAX_STATE = 512
 _MAX_REQUEST_ID = 256
+_RANDOM = SystemRandom()  # asked only where a trace is; keeps no state that a forked process would share
 
 
 class TraceContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +40,7 @@ class TraceContext(msgspec.Struct, frozen=True, kw_only=True):
 
         It continues the sender's trace; without `traceparent`, or with a malformed one, it begins a new trace.
         """
-        request_id = _clean(headers.get("x-request-id", ""), _MAX_REQUEST_ID)
+        request_id = request_id_of(headers)
         parent = parse_traceparent(headers.get("traceparent", ""))
         if parent is None:
             return cls.new(random, request_id=request_id)
@@ -69,6 +70,19 @@ class TraceContext(msgspec.Struct, frozen=True, kw_only=True):
         if self.request_id:
             found["x-request-id"] = self.request_id
         return found
+
+
+def continue_trace(headers: Mapping[str, str], random: Random = _RANDOM) -> TraceContext | None:
+    """The span of a request that arrived with `headers`, below the sender's; None if they name no trace. None begins here.
+
+    Each call makes another span: ask once for each request, and only if it has headers.
+    """
+    return TraceContext.receive(headers, random) if parse_traceparent(headers.get("traceparent", "")) else None
+
+
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """`x-request-id`, the client's own name for its request; "" if there is none that may be passed on."""
+    return _clean(headers.get("x-request-id", ""), _MAX_REQUEST_ID)
 
 
 def parse_traceparent(text: str) -> TraceContext | None:

@@ -1,0 +1,244 @@
+"""What a line about a request says, as JSON and as text (`spec/25 §7`). Pure: records in, lines out.
+
+Where such a line is written is no place in a source file: it has neither `file` nor `line`.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, tzinfo
+from typing import Any
+
+import msgspec
+
+from stator.protocol.ids import EndpointId
+from stator.telemetry.logs import JsonFormatter, TextFormatter, level_text, text_field
+from stator.telemetry.trace import TraceContext, continue_trace, request_id_of
+
+__all__ = ["TARGET", "Completed", "Lines", "Note", "as_log_record", "clipped"]
+
+TARGET = "stator.request"
+"""the target of all of them"""
+
+Completed = tuple[
+    str, EndpointId, int, float, float, float, float, int, int, str, str, Mapping[str, str], TraceContext | None
+]  # fmt: skip
+"""id, endpoint, instance, began, queued, first, ended, items, bytes, outcome, error, headers, trace; see `RequestLog.completed`"""
+Note = tuple[float, int, str, dict[str, Any]]
+"""moment, level, message, fields: any other line"""
+
+_LONGEST = 200
+"""characters of a text from outside, so that a line fits into what a pipe takes at once"""
+_PLAIN = re.compile(r"[\w.:/+-]{1,200}", re.ASCII).fullmatch
+"""what needs neither quotes nor clipping"""
+_MESSAGE = "request completed"
+_SPAN = "handle_payload"
+
+
+class CompletedLine(msgspec.Struct, omit_defaults=True):
+    """One completed request. The order is that of JSON: what every line has, then the rest sorted by name."""
+
+    time: str = ""
+    level: str = ""
+    target: str = ""
+    message: str = ""
+    component: str = ""
+    duration_ms: float | None = None
+    endpoint: str = ""
+    error: str = ""
+    first_response_ms: float | None = None
+    instance_id: str = ""
+    items: int | None = None
+    namespace: str = ""
+    outcome: str = ""
+    parent_id: str = ""
+    queued_ms: float | None = None
+    request_id: str = ""
+    response_bytes: int | None = None
+    span_id: str = ""
+    span_name: str = ""
+    trace_flags: str = ""
+    trace_id: str = ""
+    tracestate: str = ""
+    x_request_id: str = ""
+
+
+_TEXT_ORDER = (
+    "request_id",
+    "outcome",
+    "error",
+    "items",
+    "response_bytes",
+    "queued_ms",
+    "first_response_ms",
+    "duration_ms",
+    "component",
+    "endpoint",
+    "namespace",
+    "instance_id",
+    "trace_id",
+    "span_id",
+    "parent_id",
+    "x_request_id",
+)
+
+
+class Lines:
+    """Renders records for one formatter. `offset` is what makes wall time of a monotonic reading, in seconds."""
+
+    def __init__(self, formatter: JsonFormatter | TextFormatter) -> None:
+        self._formatter = formatter
+        self._stamps = _Stamps(formatter.zone)
+        self._encoder = msgspec.json.Encoder()
+        self._head = ("", "")
+        if isinstance(formatter, TextFormatter):
+            before, _, after = formatter.head("\0", logging.INFO).partition("\0")
+            self._head = (before, f"{after} {TARGET}: {_MESSAGE} request_id=")
+        self._places: dict[tuple[EndpointId, int], tuple[str, str, str, str, str]] = {}
+
+    def render(self, records: Iterable[Completed | Note], offset: float) -> bytes:
+        """Complete lines in UTF-8."""
+        if isinstance(self._formatter, JsonFormatter):
+            lines = self._encoder.encode_lines([self._as_json(record, offset) for record in records])
+        else:
+            lines = "".join([self._as_text(record, offset, self._formatter) for record in records]).encode()
+        return self._formatter.conceal(lines.decode()).encode() if self._formatter.hidden else lines
+
+    def _as_json(self, record: Completed | Note, offset: float) -> CompletedLine | dict[str, Any]:
+        if len(record) == 4:
+            moment, level, message, fields = record
+            head = {"time": self._stamps(moment + offset), "level": level_text(level), "target": TARGET, "message": message}
+            return head | dict(sorted(fields.items()))
+        id, endpoint, instance, began, queued, first, ended, items, size, outcome, error, headers, trace = record
+        namespace, component, name, number, _ = self._place(endpoint, instance)
+        line = CompletedLine(
+            self._stamps(ended + offset),
+            "INFO",
+            TARGET,
+            _MESSAGE,
+            component,
+            _ms(began, ended),
+            name,
+            clipped(error),
+            _ms(began, first) if first else None,
+            number,
+            items,
+            namespace,
+            outcome,
+            "",
+            _ms(began, queued) if queued else None,
+            id if _PLAIN(id) else clipped(id),
+            size,
+        )
+        if headers or trace is not None:
+            for field, value in trace_fields(headers, trace, _SPAN).items():
+                setattr(line, field, value)
+        return line
+
+    def _as_text(self, record: Completed | Note, offset: float, formatter: TextFormatter) -> str:
+        if len(record) == 4:
+            moment, level, message, fields = record
+            more = "".join([f" {key}={text_field(value)}" for key, value in fields.items()])
+            return f"{formatter.head(self._stamps(moment + offset), level)} {TARGET}: {message}{more}\n"
+        id, endpoint, instance, began, queued, first, ended, items, size, outcome, error, headers, trace = record
+        before, after = self._head
+        shown = id if _PLAIN(id) else text_field(clipped(id))
+        more = f" error={text_field(clipped(error))}" if error else ""
+        waited = f" queued_ms={_ms(began, queued)}" if queued else ""
+        begun = f" first_response_ms={_ms(began, first)}" if first else ""
+        traced = ""
+        if headers or trace is not None:
+            found = trace_fields(headers, trace, _SPAN)
+            traced = "".join([f" {key}={text_field(found[key])}" for key in _TEXT_ORDER if key in found])
+        return (
+            f"{before}{self._stamps(ended + offset)}{after}{shown} outcome={outcome}{more} items={items}"
+            f" response_bytes={size}{waited}{begun} duration_ms={_ms(began, ended)}"
+            f"{self._place(endpoint, instance)[4]}{traced}\n"
+        )
+
+    def _place(self, endpoint: EndpointId, instance: int) -> tuple[str, str, str, str, str]:
+        """Namespace, component, name, instance, and all of them as text. A process serves few."""
+        place = self._places.get((endpoint, instance))
+        if place is None:
+            if len(self._places) > 1000:
+                self._places.clear()
+            namespace, component, name = map(clipped, endpoint.segments)
+            shown = "".join(
+                f" {key}={text_field(value)}"
+                for key, value in (("component", component), ("endpoint", name), ("namespace", namespace))
+            )
+            place = (namespace, component, name, str(instance), f"{shown} instance_id={instance}")
+            self._places[endpoint, instance] = place
+        return place
+
+
+def trace_fields(headers: Mapping[str, str], trace: TraceContext | None, span: str) -> dict[str, str]:
+    """Which trace a line belongs to, as the span of that name; empty if there is none."""
+    found: dict[str, str] = {}
+    if trace is None:
+        trace = continue_trace(headers)
+    if trace is not None:
+        found = {"span_name": span, "trace_id": trace.trace_id, "span_id": trace.span_id, "trace_flags": trace.flags}
+        found |= {"parent_id": trace.parent_id} if trace.parent_id else {}
+        found |= {"tracestate": clipped(trace.state)} if trace.state else {}
+    if request_id := (trace.request_id if trace is not None else request_id_of(headers)):
+        found["x_request_id"] = clipped(request_id)
+    return found
+
+
+def as_log_record(record: Completed | Note, offset: float) -> logging.LogRecord:
+    """The same for handlers of the application's own."""
+    if len(record) == 4:
+        moment, level, message, fields = record
+    else:
+        id, endpoint, instance, began, queued, first, moment, items, size, outcome, error, headers, trace = record
+        level, message = logging.INFO, _MESSAGE
+        namespace, component, name = endpoint.segments
+        fields = {"request_id": clipped(id), "outcome": outcome}
+        fields |= {"error": clipped(error)} if error else {}
+        fields |= {"items": items, "response_bytes": size}
+        fields |= {"queued_ms": _ms(began, queued)} if queued else {}
+        fields |= {"first_response_ms": _ms(began, first)} if first else {}
+        fields |= {"duration_ms": _ms(began, moment), "component": component, "endpoint": name, "namespace": namespace}
+        fields |= {"instance_id": str(instance)} | trace_fields(headers, trace, _SPAN)
+    made = logging.LogRecord(TARGET, level, "", 0, message, None, None)
+    made.created = moment + offset
+    made.msecs = made.created % 1 * 1000
+    vars(made).update(fields)
+    return made
+
+
+def clipped(text: str) -> str:
+    """A text from outside, cut where it is longer than a line should carry; what does not print is escaped."""
+    if len(text) <= _LONGEST and text.isascii() and text.isprintable():
+        return text
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONGEST])
+    return shown if len(shown) <= _LONGEST and len(text) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
+
+
+class _Stamps:
+    """Wall times as log lines show them; the second is formatted once."""
+
+    __slots__ = ("_after", "_before", "_second", "_zone")
+
+    def __init__(self, zone: tzinfo | None) -> None:
+        self._zone = zone
+        self._second = -1
+        self._before = self._after = ""
+
+    def __call__(self, moment: float) -> str:
+        second = int(moment)
+        if second != self._second:
+            self._second = second
+            at = datetime.fromtimestamp(second, UTC)
+            if self._zone is UTC:
+                self._before, self._after = at.strftime("%Y-%m-%dT%H:%M:%S."), "Z"
+            else:
+                text = at.astimezone(self._zone).isoformat(timespec="seconds")
+                self._before, self._after = f"{text[:19]}.", text[19:]
+        return f"{self._before}{int((moment - second) * 1e6):06d}{self._after}"
+
+
+def _ms(begin: float, end: float) -> float:
+    """Milliseconds from `begin` to `end`, to the microsecond."""
+    return int((end - begin) * 1e6 + 0.5) / 1e3
