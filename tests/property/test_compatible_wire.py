@@ -21,6 +21,7 @@ from stator.protocol.control_message import (
 )
 from stator.protocol.envelope import Codec
 from stator.protocol.request_frame import AcknowledgementParser, RequestFrameParser, encode_request_frame
+from stator.protocol.request_stream import RequestReader
 from stator.protocol.response_stream import ResponseReader, ResponseWriter
 from stator.protocol.stream import Receiver
 from stator.protocol.two_part import TwoPartParser, decode_message, encode_frame
@@ -79,6 +80,26 @@ def read_stream(chunks: list[bytes], codec: Codec) -> list[Any]:
     return [*receiver.items, *seen, outcome, reader.data_to_send()]
 
 
+def read_inputs(chunks: list[bytes], codec: Codec) -> list[Any]:
+    """What a worker makes of the bytes of a request stream, to its end."""
+    receiver = Receiver()
+    reader = RequestReader(receiver, codec=codec, limit=LIMIT)
+    wishes: list[Any] = []
+    seen: list[Any] = []
+    for chunk in chunks:
+        wishes.append(reader.receive_data(chunk))
+        while reader.full:
+            seen.extend(receiver.items)
+            receiver.items.clear()
+            wishes.append(reader.resume())
+    wishes.append(reader.receive_eof())
+    assert receiver.ended
+    assert reader.closed
+    wished = [wish for wish in wishes if wish is not None]
+    assert len(wished) <= 1
+    return [*seen, *receiver.items, wished, type(receiver.error), str(receiver.error)]
+
+
 def machines() -> dict[str, Callable[[list[bytes]], list[Any]]]:
     return {
         "frames": lambda chunks: events(TwoPartParser(limit=LIMIT).receive_data, chunks),
@@ -87,6 +108,8 @@ def machines() -> dict[str, Callable[[list[bytes]], list[Any]]]:
         "controls": lambda chunks: events(ControlReader().receive_data, chunks),
         "json stream": lambda chunks: read_stream(chunks, "json"),
         "msgpack stream": lambda chunks: read_stream(chunks, "msgpack"),
+        "json inputs": lambda chunks: read_inputs(chunks, "json"),
+        "msgpack inputs": lambda chunks: read_inputs(chunks, "msgpack"),
     }
 
 

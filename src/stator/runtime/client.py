@@ -1,6 +1,6 @@
 """Calls one endpoint: chooses among its instances, sends, retries."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +23,7 @@ from stator.routing import (
     UniformRandom,
 )
 from stator.runtime.context import Context
+from stator.runtime.conversation import Conversation
 from stator.runtime.response import ResponseStream, Route
 from stator.runtime.services import Services
 from stator.runtime.view import InstanceView
@@ -104,12 +105,46 @@ class Client:
 
         Raises `UsageError` at once for a request without JSON form or unknown limits; everything else is raised by the stream.
         """
-        route = self._plain
+        patience = self._patience_for(timeout, limits)
+        return self._call(request, context, self._route_to(instance, retry), id, metadata, headers, patience)
+
+    def converse(
+        self,
+        context: Context | None = None,
+        *,
+        inputs: AsyncIterable[Any] | None = None,
+        instance: int | None = None,
+        id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        limits: Mapping[str, float | None] | None = None,
+        retry: Literal["auto", "never"] = "auto",
+    ) -> Conversation:
+        """Describe a bidirectional request; it is sent when the conversation is entered, its inputs as they come.
+
+        `inputs` is sent to its end while the answer is read; without it the caller sends (`Conversation.send`). Everything else is as in
+        `generate`.
+        """
+        patience = self._patience_for(timeout, limits)
+        envelope, patience = self._envelope(b"", context, id, metadata, headers, patience, streams_in=True)
+        return Conversation(
+            self._services,
+            self._view,
+            envelope,
+            self._route_to(instance, retry),
+            patience=patience,
+            item_type=self._item_type,
+            context=context,
+            inputs=inputs,
+        )
+
+    def _route_to(self, instance: int | None, retry: Literal["auto", "never"]) -> Route:
         if instance is not None:
-            route = self._route(Direct(), RouteRequest(target=instance), retry=False)
-        elif retry != "auto":
-            route = self._route(self._policy, ANYWHERE, retry=False)
-        return self._call(request, context, route, id, metadata, headers, self._patience_for(timeout, limits))
+            return self._route(Direct(), RouteRequest(target=instance), retry=False)
+        if retry != "auto":
+            return self._route(self._policy, ANYWHERE, retry=False)
+        return self._plain
 
     def round_robin(self, request: Any, context: Context | None = None, **options: Any) -> ResponseStream:
         """`generate`, each instance in turn."""
@@ -160,6 +195,27 @@ class Client:
         headers: Mapping[str, str] | None,
         patience: Patience,
     ) -> ResponseStream:
+        try:
+            payload = encode_json(request)
+        except Exception as error:
+            raise UsageError(f"the request cannot be sent: {error}") from error
+        envelope, patience = self._envelope(payload, context, id, metadata, headers, patience)
+        return ResponseStream(
+            self._services, self._view, envelope, route, patience=patience, item_type=self._item_type, context=context
+        )
+
+    def _envelope(
+        self,
+        payload: bytes,
+        context: Context | None,
+        id: str | None,
+        metadata: Mapping[str, str] | None,
+        headers: Mapping[str, str] | None,
+        patience: Patience,
+        *,
+        streams_in: bool = False,
+    ) -> tuple[RequestEnvelope, Patience]:
+        """What is sent, and how long all of it may take."""
         if context is not None:
             id = context.id if id is None else id
             metadata = context.metadata if metadata is None else metadata
@@ -168,21 +224,16 @@ class Client:
                 patience = patience.within(max(context.deadline - self._services.wheel.now(), _AT_ONCE))
         if id is not None:
             _check_id(id)
-        try:
-            payload = encode_json(request)
-        except Exception as error:
-            raise UsageError(f"the request cannot be sent: {error}") from error
         envelope = RequestEnvelope(
             id=id if id is not None else self._services.new_id(),
             payload=payload,
             metadata=_strings("metadata", metadata) if metadata else _NO_STRINGS,
             headers=_strings("headers", headers) if headers else _NO_STRINGS,
             deadline=patience.deadline,
+            streams_in=streams_in,
         )
         self._budget.count_request(self._services.wheel.now())
-        return ResponseStream(
-            self._services, self._view, envelope, route, patience=patience, item_type=self._item_type, context=context
-        )
+        return envelope, patience
 
     def _route(self, policy: Policy, request: RouteRequest, *, retry: bool) -> Route:
         return Route(policy=policy, request=request, retry=retry, choose=self._choose, attempts=self._attempts)

@@ -217,9 +217,7 @@ class ResponseStream:
                     return unsent
             patience = self._patience if self._patience.deadline is None else self._time_left()
             record = self._choose(cause)
-            inbox = self._inbox = Inbox(
-                wheel=self._services.wheel, patience=patience, instance=record.instance_id, item_type=self._item_type
-            )
+            inbox = self._inbox = self._new_inbox(patience, record.instance_id)
             try:
                 if self._context is not None:
                     self._context.subscribe(self._context_ended)
@@ -253,9 +251,12 @@ class ResponseStream:
             raise Cancelled("the request was killed before it was sent")
         if not self._stopped and (context is None or not context.is_stopped):
             return None
-        inbox = self._inbox = Inbox(wheel=self._services.wheel, patience=self._patience)
+        inbox = self._inbox = self._new_inbox(self._patience)
         inbox.finish()
         return inbox
+
+    def _new_inbox(self, patience: Patience, instance: int = 0) -> Inbox:
+        return Inbox(wheel=self._services.wheel, patience=patience, instance=instance, item_type=self._item_type)
 
     def _time_left(self) -> Patience:
         """What remains of the time for the whole request, for this attempt. Raises `Timeout` if nothing does."""

@@ -28,6 +28,9 @@ class InputSender(Protocol):
     After `end` and after `close` every call is accepted and does nothing.
     """
 
+    over: bool
+    """nothing more is taken: the input was ended, or the request is"""
+
     def send(self, item: Any) -> bool:
         """Encode and queue one input. True: go on; False: queued, but await `ready()` before the next one.
 
@@ -50,6 +53,8 @@ class InputSender(Protocol):
 
 class _Unsent:
     """The sender before a plane has taken the request and after its end."""
+
+    over = True
 
     def send(self, item: Any) -> bool:
         return False
@@ -81,8 +86,8 @@ class DuplexInbox(Inbox):
             sender.close()
         super().changed()
 
-    async def ready(self) -> bool:
-        """Wait until an input may be sent: True; False: the request has ended. At most `limits.input` seconds; then the request is over.
+    async def ready(self) -> None:
+        """Wait until an input may be sent, or none is taken any more (`sender.over`); after `limits.input` seconds the request is over.
 
         Cancelled: nothing changed. Raises `UsageError` when another task waits.
         """
@@ -93,7 +98,6 @@ class DuplexInbox(Inbox):
             await self.sender.ready()
         finally:
             self._sending_since = None
-        return self.phase is not _ENDED
 
     def fail(self, error: StatorError) -> None:
         """End the request from this side, with an error for its reader: the worker is told, nothing more is delivered."""

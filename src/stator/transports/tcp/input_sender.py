@@ -31,12 +31,12 @@ class CompatibleInputSender(asyncio.Protocol):
         self._queued = 0
         self._paused = False
         self._scheduled = False
-        self._over = False
+        self.over = False
 
     # -- InputSender
 
     def send(self, item: Any) -> bool:
-        if self._over:
+        if self.over:
             return False
         self._writer.send(item)
         self._queued += 1
@@ -45,7 +45,7 @@ class CompatibleInputSender(asyncio.Protocol):
 
     async def ready(self) -> None:
         await asyncio.sleep(0)
-        while not self._over and (self._transport is None or self._paused or self._queued >= _MOST_QUEUED):
+        while not self.over and (self._transport is None or self._paused or self._queued >= _MOST_QUEUED):
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -53,21 +53,21 @@ class CompatibleInputSender(asyncio.Protocol):
                 self._waiter = None
 
     def end(self) -> None:
-        if not self._over:
-            self._over = True
+        if not self.over:
+            self.over = True
             self._writer.end()
             self._wake()
 
     def stop(self) -> None:
         """The request is to end gracefully: drop what has not left, say so here too. The reference does."""
         if not self._writer.closed:
-            self._over = True
+            self.over = True
             self._writer.stop()
             self._wake()
             self._release()
 
     def close(self) -> None:
-        self._over = True
+        self.over = True
         self._release()
         forget, self._forget = self._forget, None
         if forget is not None:
