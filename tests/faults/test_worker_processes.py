@@ -300,7 +300,7 @@ async def test_a_killed_worker_is_noticed_at_once(plane: str, tmp_path: Path) ->
 async def test_requests_in_the_queue_of_a_killed_worker_go_elsewhere(tmp_path: Path) -> None:
     """Compatible plane: they were acknowledged, and nobody will call home."""
     async with site("compatible", tmp_path) as here:
-        killed, well = await here.worker(tcp__engine_slots=1), await here.worker()
+        killed, well = await here.worker(admission__slots=1), await here.worker()
         async with asyncio.TaskGroup() as group:
             running = Reader(group, here.client, {"do": "count"}, killed)
             await eventually(lambda: bool(running.items))

@@ -264,7 +264,7 @@ async def test_a_worker_at_capacity(root: Path, client: Peer) -> None:
         await go.wait()
         yield 1
 
-    async with working(root, waits, tcp__engine_slots=1, tcp__engine_queue=2) as worker:
+    async with working(root, waits, admission__slots=1, admission__queue=2) as worker:
         running = [client.ask_soon(endpoint=worker.endpoint, request={}, id=f"r{n}") for n in range(6)]
         await eventually(lambda: sum(not one.empty() for one in running) == 3, within=20, what="three were refused")
         assert len(worker.contexts) == 1

@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 
 from stator.errors import UsageError
-from stator.health import EngineRoutes, HealthConfig, StatusServer, SystemHealth
+from stator.health import EngineRoutes, HealthConfig, SystemHealth
+from stator.health.server import StatusServer
 from stator.testing.manual_clock import ManualClock
 
 pytestmark = pytest.mark.timeout(30)

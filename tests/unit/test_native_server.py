@@ -154,7 +154,7 @@ FULL = frame(OPEN, 1, opening(payload=b" " * MAX_PAYLOAD)[12 : 12 + MAX_PAYLOAD]
         [frame(PING, 0, b"123456789")],
         [frame(STOP, 0)],
         [frame(CREDIT, 0, b"1234")],
-        [frame(13, 0, flags=CRITICAL)],
+        [frame(14, 0, flags=CRITICAL)],
         [frame(255, 1, flags=CRITICAL)],
         [frame(0, 5, flags=CRITICAL)],
     ],
@@ -169,7 +169,7 @@ def test_broken_frames_break_the_connection(frames: list[bytes]) -> None:
 @pytest.mark.parametrize(
     "ignored",
     [
-        frame(13, 0),
+        frame(14, 0),
         frame(200, 1, b"payload"),
         frame(0, 77),
         frame(STOP, 77),

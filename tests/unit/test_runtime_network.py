@@ -282,8 +282,14 @@ async def test_the_other_plane_gets_its_own_time_to_connect() -> None:
 # -- listening
 
 
-def nowhere(request: IncomingRequest, responder: Responder) -> RequestControl:
-    raise AssertionError("nothing is delivered here")
+class Nowhere:
+    def malformed(self, size: int, kind: str) -> None: ...
+
+    def __call__(self, request: IncomingRequest, responder: Responder) -> RequestControl:
+        raise AssertionError("nothing is delivered here")
+
+
+nowhere = Nowhere()
 
 
 async def test_every_plane_listens_once_even_when_endpoints_start_together() -> None:

@@ -22,17 +22,21 @@ from stator.errors import (
     Unavailable,
     UsageError,
 )
+from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.protocol.stream import Phase
 from stator.routing import Policy, RoundRobin, RoutingConfig
+from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.client import Client
 from stator.runtime.config import RuntimeConfig
 from stator.runtime.context import Context
+from stator.runtime.meter import ProcessMeter
 from stator.runtime.network import Network, PlaneChoice
 from stator.runtime.services import RequestIds, Services
 from stator.runtime.view import InstanceView
 from stator.tasks import DeadlineWheel, Scope
+from stator.telemetry import MetricsLevel
 from stator.testing.fake_plane import ENDPOINT, FakePlane, answer, fail_to_connect, fake_host, fake_record, hang, refuse
 from stator.testing.manual_clock import ManualClock
 from stator.testing.plane_suite import eventually
@@ -65,6 +69,11 @@ class World:
             closing=asyncio.Event(),
             views={},
             served={},
+            meter=ProcessMeter(MetricsLevel.runtime(), Admission(AdmissionConfig()), self.clock),
+            health=SystemHealth(clock=self.clock),
+            health_config=HealthConfig(),
+            engine_routes=EngineRoutes(),
+            status=None,
         )
         self.view = InstanceView(ENDPOINT, routing, self.wheel.now, self.services.network.forget)
         self.services.views[ENDPOINT] = self.view

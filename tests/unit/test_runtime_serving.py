@@ -36,6 +36,14 @@ class Answer:
         self.dead = False
         self.room = room
         self.made_room = asyncio.Event()
+        self.sent_items = 0
+        self.sent_bytes = 0
+
+    def wait(self) -> None:
+        self.note("wait")
+
+    def start(self) -> None:
+        self.note("start")
 
     def accept(self) -> None:
         self.note("accept")

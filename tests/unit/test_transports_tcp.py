@@ -1,4 +1,4 @@
-"""The parts of the compatible plane that need no socket: addresses, admission, headers, settings."""
+"""The parts of the compatible plane that need no socket: addresses, headers, settings."""
 
 import pytest
 
@@ -6,7 +6,6 @@ from stator import settings
 from stator.errors import ConfigError, ConnectFailed
 from stator.protocol.envelope import RequestEnvelope
 from stator.transports.tcp.address import InstanceAddress, is_local, is_loopback, is_wildcard, join_host_port, numeric_host
-from stator.transports.tcp.admission import Admission
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import read_deadline, request_headers
 
@@ -55,35 +54,6 @@ async def test_names_are_looked_up() -> None:
         await numeric_host("no-such-host.invalid")
 
 
-# -- admission
-
-
-def test_slots_then_queue_then_refusal() -> None:
-    admission = Admission(slots=1, queue=2)
-    started: list[int] = []
-    assert admission.take()
-    assert not admission.take()
-    assert admission.wait(lambda: started.append(1))
-    assert admission.wait(lambda: started.append(2))
-    assert not admission.wait(lambda: started.append(3))
-    assert (admission.running, admission.queued) == (1, 2)
-    admission.release()
-    assert (started, admission.running, admission.queued) == ([1], 1, 1)
-    admission.release()
-    admission.release()
-    assert (started, admission.running, admission.queued) == ([1, 2], 0, 0)
-    assert admission.take()
-
-
-def test_a_long_queue_of_requests_that_fail_to_start() -> None:
-    admission = Admission(slots=1, queue=100_000)
-    assert admission.take()
-    for _ in range(50_000):
-        assert admission.wait(admission.release)
-    admission.release()
-    assert (admission.running, admission.queued) == (0, 0)
-
-
 # -- headers
 
 
@@ -118,15 +88,13 @@ def test_the_reference_s_variables() -> None:
         "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
         "DYN_TCP_MAX_MESSAGE_SIZE": "5000000",
         "DYN_REQUEST_PLANE_CODEC": "msgpack",
-        "DYN_ENGINE_REQUEST_LIMIT": "3",
-        "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": "5",
         "DYN_TCP_CHANNEL_BUFFER": "9",
         "DYN_TCP_POOL_SIZE": "2",
         "DYN_TCP_REQUEST_TIMEOUT": "7",
     }
     config = settings.load(TcpConfig, env=env)
     assert (config.port, config.call_home_host, config.max_message_size) == (7001, "127.0.0.1", 5_000_000)
-    assert (config.codec, config.engine_slots, config.engine_queue) == ("msgpack", 3, 5)
+    assert config.codec == "msgpack"
     assert (config.pipeline, config.pool_size, config.request_timeout) == (9, 2, 7.0)
 
 

@@ -1,9 +1,11 @@
-"""Is this process well, and why not: status of process and endpoints, the canary, the status HTTP server (`spec/25 §4–6`)."""
+"""Is this process well, and why not: status of process and endpoints, and the canary (`spec/25 §4–6`).
+
+The HTTP server that tells it is `stator.health.server`, which is only loaded where it is switched on.
+"""
 
 from stator.health.canary import Canary, Probe, item_problem
 from stator.health.config import HealthConfig
 from stator.health.engine_routes import EngineRoutes
-from stator.health.server import StatusServer
 from stator.health.status import Activity, EndpointChange, EndpointState, Explanation, Obstacle, SystemHealth, Target
 
 __all__ = [
@@ -16,7 +18,6 @@ __all__ = [
     "HealthConfig",
     "Obstacle",
     "Probe",
-    "StatusServer",
     "SystemHealth",
     "Target",
     "item_problem",

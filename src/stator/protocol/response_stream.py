@@ -50,36 +50,52 @@ class ResponseWriter:
     Calls come in the order accept, send…, end; or refuse alone. The handshake is there from the beginning.
     """
 
-    __slots__ = ("_codec", "_control", "_large", "out")
+    __slots__ = ("_codec", "_control", "_large", "_left", "_other", "out", "sent_items")
 
     def __init__(self, *, subject: str, codec: Codec) -> None:
         self._codec: Codec = codec
         self._control = ControlReader()
         self._large = False
         self.out: list[bytes] = [encode_handshake(subject)]
+        self.sent_items = 0
+        """items written"""
+        self._left = 0
+        self._other = len(self.out[0])
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of the bodies of items and final frame: not handshake, prologue, sentinel and framing (`spec/30 §6`)."""
+        return self._left + sum(map(len, self.out)) - self._other - len(_EMPTY) * self.sent_items
 
     def accept(self) -> None:
         """The positive prologue."""
         self.out.append(PROLOGUE)
+        self._other += len(PROLOGUE)
 
     def refuse(self, error: StatorError) -> None:
         """The negative prologue and the sentinel."""
-        self.out += (encode_refusal(error), SENTINEL)
+        refusal = encode_refusal(error)
+        self.out += (refusal, SENTINEL)
+        self._other += len(refusal) + len(SENTINEL)
 
     def send(self, value: Any) -> None:
         """One item. Raises `EngineError` when the value is outside of the data model; nothing is written then."""
         if write_item(self.out, value, self._codec):
             self._large = True
+        self.sent_items += 1
 
     def skip(self) -> None:
         """A frame that readers skip; only after `accept` and before `end`."""
         self.out.append(_EMPTY)
+        self._other += len(_EMPTY)
 
     def end(self, error: StatorError | None = None) -> None:
         """Final frame and sentinel, after an error item if there is an error."""
         if error is not None:
             self.out.append(encode_error_item(to_wire(error), self._codec))
+            self._other += len(_EMPTY)
         self.out += (FINAL[self._codec], SENTINEL)
+        self._other += len(_EMPTY) + len(SENTINEL)
 
     def receive_data(self, data: bytes) -> list[Control]:
         """What the client wishes, in order of arrival."""
@@ -93,8 +109,11 @@ class ResponseWriter:
         self.out = []
         if self._large:
             self._large = False
+            self._left += sum(map(len, out))
             return out
-        return out if len(out) == 1 else [b"".join(out)]
+        whole = out if len(out) == 1 else [b"".join(out)]
+        self._left += len(whole[0])
+        return whole
 
 
 class _Stage(Enum):

@@ -28,7 +28,7 @@ class Phase(IntEnum):
     CALL_HOME = 2
     """compatible plane only: the worker acknowledged and has not connected back; it may be queueing"""
     PROLOGUE = 3
-    """compatible plane only: connected back, handler not yet called"""
+    """compatible plane: connected back, handler not yet called; native plane: the request waits for a slot (QUEUED)"""
     FIRST_ITEM = 4
     ITEMS = 5
     ENDED = 6

@@ -1,7 +1,7 @@
 """Names with behaviour: namespace → component → endpoint (`spec/20 §1`)."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from stator.routing import Policy, RoutingConfig, policy_name
 from stator.runtime.client import Client
 from stator.runtime.engine import Engine, Handler, generate_function
 from stator.runtime.plugins import load_plugin, plugin_names
-from stator.runtime.served import ServedEndpoint
+from stator.runtime.served import ServedEndpoint, ServingOptions
 from stator.runtime.services import Services
+from stator.telemetry import MetricsLevel
 
 __all__ = ["Component", "Endpoint", "Namespace", "make_policy"]
 
@@ -32,6 +33,11 @@ class Namespace:
 
     def __repr__(self) -> str:
         return f"<Namespace {self.name}>"
+
+    @property
+    def metrics(self) -> MetricsLevel:
+        """Metrics of this namespace: they carry its label, and the page of the process shows them."""
+        return self._services.meter.level(self.name)
 
     def namespace(self, name: str) -> "Namespace":
         """The namespace `name` inside this one."""
@@ -58,6 +64,11 @@ class Component:
     def __repr__(self) -> str:
         return f"<Component {self.namespace}.{self.name}>"
 
+    @property
+    def metrics(self) -> MetricsLevel:
+        """Metrics of this component, with its labels."""
+        return self._services.meter.level(self.namespace, self.name)
+
     def endpoint(self, name: str) -> "Endpoint":
         """The endpoint `name` of this component."""
         return Endpoint(self._services, EndpointId(self.namespace, self.name, name))
@@ -79,22 +90,39 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"<Endpoint {self.id}>"
 
-    async def start(self, handler: Handler | Engine, *, device_type: str | None = None) -> ServedEndpoint:
+    @property
+    def metrics(self) -> MetricsLevel:
+        """Metrics of this endpoint, with its labels, for its author; those of its requests are counted by themselves."""
+        return self._services.meter.level(self.id.namespace, self.id.component, self.id.name)
+
+    async def start(
+        self,
+        handler: Handler | Engine,
+        *,
+        device_type: str | None = None,
+        metrics_labels: Sequence[tuple[str, str]] = (),
+        canary_payload: Any = None,
+    ) -> ServedEndpoint:
         """Begin to serve; the caller ends it (`ServedEndpoint.finish`). On return requests are taken and the record is listed.
 
         `handler` is an async generator function of `(request)` or `(request, context)`, or an engine. Raises `UsageError` for anything
         else and for an endpoint name that this runtime serves already, `ConnectFailed` when no address can be bound, `Unavailable` when
         discovery cannot be written to.
+
+        `metrics_labels` are put on each metric of its requests. `canary_payload` is the request that is sent in process when nobody
+        else asked for a while (`health.canary`): while its answer is bad, the endpoint is not in discovery.
         """
-        device = device_type if device_type is not None else settings.device_type()
-        return await ServedEndpoint.start(self._services, self.id, generate_function(handler), device_type=device)
+        options = ServingOptions(
+            device_type=device_type if device_type is not None else settings.device_type(),
+            metrics_labels=metrics_labels,
+            canary_payload=canary_payload,
+        )
+        return await ServedEndpoint.start(self._services, self.id, generate_function(handler), options)
 
     @asynccontextmanager
-    async def serving(
-        self, handler: Handler | Engine, *, device_type: str | None = None
-    ) -> AsyncGenerator[ServedEndpoint, None]:
-        """Serve inside the block; leaving it drains (at most `shutdown_timeout` seconds)."""
-        served = await self.start(handler, device_type=device_type)
+    async def serving(self, handler: Handler | Engine, **options: Any) -> AsyncGenerator[ServedEndpoint, None]:
+        """Serve inside the block; leaving it drains (at most `shutdown_timeout` seconds). `options` are those of `start`."""
+        served = await self.start(handler, **options)
         try:
             yield served
         except BaseException:
@@ -102,11 +130,11 @@ class Endpoint:
             raise
         await served.finish(self._services.config.shutdown_timeout)
 
-    async def serve(self, handler: Handler | Engine, *, device_type: str | None = None) -> None:
-        """Serve until the runtime shuts down, then drain. Cancelling it stops at once: running requests are killed."""
+    async def serve(self, handler: Handler | Engine, **options: Any) -> None:
+        """Serve until the runtime shuts down, then drain. Cancelling it stops at once: running requests are killed. `options`: `start`."""
         if self._services.closing.is_set():
             return
-        async with self.serving(handler, device_type=device_type):
+        async with self.serving(handler, **options):
             await self._services.closing.wait()
 
     async def client(self, policy: str | Policy | None = None, *, item_type: Any = Any) -> Client:

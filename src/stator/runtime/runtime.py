@@ -1,24 +1,30 @@
 """A process' membership in a cluster."""
 
 import asyncio
+import importlib
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random, SystemRandom
 from typing import Any, cast
 
+import msgspec
+
 from stator import settings
 from stator.clock import Clock
 from stator.discovery.interface import Discovery
 from stator.discovery.memory import MemoryDiscovery, MemoryStore
 from stator.errors import ConfigError
+from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import ModelRecord
 from stator.routing import Policy, RoutingConfig
+from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.component import Component, Endpoint, Namespace, make_policy
 from stator.runtime.config import RuntimeConfig
 from stator.runtime.engine import Generate
 from stator.runtime.host import advertised_host, raise_file_limit, socket_directory
+from stator.runtime.meter import ProcessMeter
 from stator.runtime.network import Network, PlaneChoice, choose_planes
 from stator.runtime.plugins import check_settings, config_type, load_plugin
 from stator.runtime.served import ServedEndpoint
@@ -26,6 +32,7 @@ from stator.runtime.services import RequestIds, Services, ViewsObserver
 from stator.runtime.signals import shutdown_event
 from stator.runtime.view import InstanceView
 from stator.tasks import DeadlineWheel, Scope, SystemClock
+from stator.telemetry import MetricsLevel
 from stator.transports.memory import MemoryNetwork, MemoryPlane
 from stator.transports.plane import PlaneHost
 
@@ -66,7 +73,8 @@ class Runtime:
             own["discovery"] = discovery
         if isinstance(plane, str):
             own["plane"] = plane
-        config, routing, planes = await asyncio.to_thread(_prepare, plane, own, sections)
+        prepared = await asyncio.to_thread(_prepare, plane, own, sections)
+        config, planes = prepared.config, prepared.planes
         clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
         raise_file_limit()
         async with AsyncExitStack() as stack:
@@ -87,12 +95,37 @@ class Runtime:
                 observer=ViewsObserver(views),
                 overrides=sections,
             )
+            meter = ProcessMeter(MetricsLevel.runtime(worker_id=found.instance_id), Admission(prepared.admission), clock)
+            health = prepared.health
+            state = SystemHealth(
+                clock=_LoopClock(wheel, clock),
+                starting_status=health.starting_status,
+                listed=health.endpoints,
+                canary=health.canary,
+            )
+            uptime = meter.root.create_gauge("uptime_seconds", "Total uptime of the DistributedRuntime in seconds")
+            meter.root.on_update(lambda: uptime.set(state.uptime))
+            engine_routes = EngineRoutes()
+            status = None
+            if health.port >= 0:
+                from stator.health.server import StatusServer  # brings an HTTP server along
+
+                page = meter.root.exposition
+                status = StatusServer(
+                    health,
+                    state,
+                    metrics=page,
+                    engine=engine_routes,
+                    drain=lambda: runtime.drain(),
+                    resume=lambda: runtime.resume(),
+                )
+                await stack.enter_async_context(status)
             network = Network(planes, host, retry=config.native_retry)
             stack.push_async_callback(network.aclose)
             scope = await stack.enter_async_context(Scope("runtime"))
             services = Services(
                 config=config,
-                routing=routing,
+                routing=prepared.routing,
                 discovery=found,
                 network=network,
                 wheel=wheel,
@@ -103,6 +136,11 @@ class Runtime:
                 closing=asyncio.Event(),
                 views=views,
                 served={},
+                meter=meter,
+                health=state,
+                health_config=health,
+                engine_routes=engine_routes,
+                status=status,
             )
             program = shutdown_event()
             if program is not None:  # the end of one runtime is not the end of the program, the other way round it is
@@ -151,6 +189,42 @@ class Runtime:
         """The settings in force."""
         return self._services.config
 
+    @property
+    def metrics(self) -> MetricsLevel:
+        """The metrics of the process; its `exposition()` is the page that the status server shows."""
+        return self._services.meter.root
+
+    @property
+    def health(self) -> SystemHealth:
+        """How this process and its endpoints are. A program without canary says it itself: `health.set_system(True)`."""
+        return self._services.health
+
+    @property
+    def engine_routes(self) -> EngineRoutes:
+        """Callbacks for the operator, under `/engine/` of the status server."""
+        return self._services.engine_routes
+
+    @property
+    def status_url(self) -> str | None:
+        """Where the status server answers; None if it does not (`health.port`)."""
+        status = self._services.status
+        return None if status is None else status.url
+
+    async def drain(self) -> dict[str, Any]:
+        """Take this process out of service without ending it: its endpoints leave discovery and refuse what still comes, running
+        requests go on. Says how many there are. `resume` undoes it. Raises what discovery raises.
+        """
+        served = tuple(self._services.served.values())
+        for each in served:
+            await each.leave()
+        return {"status": "draining", "inflight": sum(each.inflight for each in served)}
+
+    async def resume(self) -> dict[str, Any]:
+        """Into service again."""
+        for each in tuple(self._services.served.values()):
+            await each.enter()
+        return {"status": "serving"}
+
     def shutdown(self) -> None:
         """Begin to leave: every `serve` drains and returns. Idempotent."""
         self._services.closing.set()
@@ -174,13 +248,38 @@ class Runtime:
         await self._services.discovery.unregister(record.key)
 
 
-def _prepare(
-    plane: str | MemoryNetwork | None, own: Mapping[str, Any], sections: Mapping[str, Any]
-) -> tuple[RuntimeConfig, RoutingConfig, PlaneChoice]:
+class _Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of a runtime's parts, and its planes."""
+
+    config: RuntimeConfig
+    routing: RoutingConfig
+    admission: AdmissionConfig
+    health: HealthConfig
+    planes: PlaneChoice
+
+
+def _prepare(plane: str | MemoryNetwork | None, own: Mapping[str, Any], sections: Mapping[str, Any]) -> _Prepared:
     """All that reads the disk: the settings file, what is installed, the modules of the planes. Not for the event loop."""
     check_settings()
     config = settings.load(RuntimeConfig, own)
-    return config, settings.load(RoutingConfig, _of_section("routing", sections)), _planes(plane, config)
+    health = settings.load(HealthConfig, _of_section("health", sections))
+    if health.port >= 0:
+        importlib.import_module("stator.health.server")
+    return _Prepared(
+        config=config,
+        routing=settings.load(RoutingConfig, _of_section("routing", sections)),
+        admission=settings.load(AdmissionConfig, _of_section("admission", sections)),
+        health=health,
+        planes=_planes(plane, config),
+    )
+
+
+class _LoopClock:
+    """Time as the event loop counts it, which deadlines are on."""
+
+    def __init__(self, wheel: DeadlineWheel, clock: Clock) -> None:
+        self.monotonic = wheel.now
+        self.wall = clock.wall
 
 
 async def _follow(program: asyncio.Event, closing: asyncio.Event) -> None:

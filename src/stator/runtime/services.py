@@ -3,19 +3,24 @@
 import asyncio
 import logging
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from stator.clock import Clock
 from stator.discovery.interface import Discovery
 from stator.errors import UsageError
+from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.ids import EndpointId
 from stator.routing import RoutingConfig
 from stator.runtime.config import RuntimeConfig
+from stator.runtime.meter import ProcessMeter
 from stator.runtime.network import Network
 from stator.runtime.view import InstanceView
 from stator.tasks import DeadlineWheel, Scope
+
+if TYPE_CHECKING:
+    from stator.health.server import StatusServer
 
 __all__ = ["RequestIds", "Servable", "Services", "ViewsObserver"]
 
@@ -41,6 +46,13 @@ class Servable(Protocol):
     @property
     def listed(self) -> bool: ...
 
+    @property
+    def inflight(self) -> int: ...
+
+    async def leave(self) -> None: ...
+
+    async def enter(self) -> None: ...
+
     async def finish(self, timeout: float) -> None: ...
 
 
@@ -59,6 +71,11 @@ class Services(msgspec.Struct, kw_only=True):
     closing: asyncio.Event
     """set when shutdown begins"""
     views: dict[EndpointId, InstanceView]
+    meter: ProcessMeter
+    health: SystemHealth
+    health_config: HealthConfig
+    engine_routes: EngineRoutes
+    status: "StatusServer | None"
     served: "dict[str, Servable]"
     """what this process serves, by the path that requests name"""
 

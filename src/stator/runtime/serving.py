@@ -3,16 +3,20 @@
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from stator.errors import Cancelled, Disconnected, EngineError, StatorError, Timeout, Unavailable
+from stator.errors import Cancelled, Disconnected, EngineError, Overloaded, StatorError, Timeout, Unavailable
 from stator.protocol.envelope import IncomingRequest
+from stator.protocol.ids import EndpointId
 from stator.protocol.wire_errors import engine_error, to_wire
+from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.context import Context
 from stator.runtime.engine import Generate
-from stator.tasks import Scope
-from stator.transports.plane import Responder
+from stator.runtime.meter import EndpointMeter, Outcome
+from stator.tasks import Scope, SystemClock
+from stator.telemetry import WorkError
+from stator.transports.plane import Malformed, Responder
 
 __all__ = ["Serving"]
 
@@ -23,79 +27,241 @@ _CLOSE_LIMIT = 5.0
 
 
 class _Running(Context):
-    """The context of a request that a task is answering."""
+    """The context of a request from its arrival to its end; it waits for a slot, then a task answers it."""
 
-    __slots__ = ("responder", "task")
+    __slots__ = ("arrived", "began", "first", "over", "request", "responder", "serving", "task", "unheard")
 
-    responder: Responder
-    task: asyncio.Task[None]
+    def __init__(self, serving: "Serving", request: IncomingRequest, responder: Responder, now: float) -> None:
+        super().__init__(request.id, metadata=request.metadata, headers=request.headers)
+        self.serving = serving
+        self.request = request
+        self.responder = responder
+        self.task: asyncio.Task[None] | None = None
+        self.arrived = now
+        self.began = 0.0
+        """when it had its slot"""
+        self.first = 0.0
+        """when its handler had been called"""
+        self.over = False
+        """whether it was counted"""
+        self.unheard = False
+        """whether no way to its client could be made"""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of the answer so far."""
+        return self.responder.sent_bytes
 
     @property
     def started(self) -> bool:
         """Whether the task has run; one that is cancelled before never will."""
+        if self.task is None:
+            return False
         coroutine = self.task.get_coro()
         return not inspect.iscoroutine(coroutine) or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED
 
+    def begin(self) -> None:
+        """The request has its slot (`stator.runtime.admission.Waiting`)."""
+        self.responder.start()
+        self.serving.begin(self)
+
+    def stop(self) -> None:
+        """Ask for a graceful end. A request that waits for a slot ends at once: complete, without items."""
+        super().stop()
+        if self.task is None and self.serving.leave_queue(self):
+            self.responder.start()
+            self.responder.accept()
+            self.responder.end()
+            self.serving.account(self, "cancelled")
+
     def kill(self) -> None:
         """End now: the handler is cancelled at its next await."""
-        if not self.is_killed:
-            super().kill()
-            self.task.cancel()
+        if self.is_killed:
+            return
+        super().kill()
+        if self.task is None:
+            if self.serving.leave_queue(self):
+                self.serving.account(self, "cancelled")
+            return
+        if not self.started:  # the task will not run
+            self.serving.account(self, "cancelled", slot=True)
+        self.task.cancel()
+
+    def unreachable(self) -> None:
+        """No way to the client could be made."""
+        self.unheard = True
+        self.kill()
 
 
 class Serving:
-    """One served endpoint: takes requests from every plane and runs the handler, one task per request.
+    """One served endpoint: takes requests from every plane, lets `admission` decide when, and runs the handler, one task per request.
 
     `inflight` counts requests from arrival to sentinel. `drain` refuses new ones (`Unavailable`, which clients retry elsewhere).
     """
 
-    def __init__(self, generate: Generate, *, name: str) -> None:
+    def __init__(
+        self, generate: Generate, *, name: str, admission: Admission | None = None, meter: EndpointMeter | None = None
+    ) -> None:
+        """`admission` is the process', `meter` the endpoint's; without them the default limits hold, and no page shows the counts."""
         self._generate = generate
         self._name = name
         self._draining = False
+        self._admission = admission or Admission(AdmissionConfig())
+        self._meter = meter or EndpointMeter.unlisted(EndpointId.parse(name), SystemClock(), self._admission)
+        self._waiting: set[_Running] = set()
         self._requests = Scope(f"requests of {name}", close_timeout=_CLOSE_LIMIT)
+        self._moved = asyncio.Event()
+        self._meter.follow(self._sending)
+        self.answered = 0
+        """requests that ended well"""
+        self._items_ended = 0
+        self.on_success: Callable[[], None] = _nothing
+        """told at each request that ended well"""
 
     @property
     def inflight(self) -> int:
         """Requests that have not ended."""
-        return len(self._requests)
+        return len(self._requests) + len(self._waiting)
 
-    def __call__(self, request: IncomingRequest, responder: Responder) -> Context:
+    def _sending(self) -> Iterator[_Running]:
+        return (context for context in self._requests.subjects() if not context.over)
+
+    @property
+    def progress(self) -> int:
+        """Grows with each item and each request that ends well; what the canary takes for life."""
+        return self.answered + self._items_ended + sum(context.responder.sent_items for context in self._sending())
+
+    def __call__(self, request: IncomingRequest, responder: Responder, /) -> _Running:
         """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
+        meter = self._meter
+        meter.received.value += 1
         if self._draining:
+            meter.refused.value += 1
             raise Unavailable(f"endpoint {self._name} is draining")
-        context = _Running(request.id, metadata=request.metadata, headers=request.headers)
+        context = _Running(self, request, responder, meter.now())
         if request.deadline is not None:
             context.deadline = asyncio.get_running_loop().time() + request.deadline
-        context.responder = responder
-        context.task = self._requests.spawn(self._serve(request, context, responder), name="request", about=context)
+        if self._admission.take():
+            context.began = context.arrived
+            self._spawn(context)
+        else:
+            self._queue(context)
         return context
 
-    async def _serve(self, request: IncomingRequest, context: Context, responder: Responder) -> None:
+    def malformed(self, size: int, kind: Malformed) -> None:
+        """A request could not be read; its sender is told by the plane."""
+        self._meter.malformed(size, kind)
+
+    # -- waiting for a slot
+
+    def _queue(self, context: _Running) -> None:
         try:
-            stream = self._generate(request.body, context)
-        except (Exception, SystemExit) as error:
-            logger.warning("request %s of %s refused by its handler: %s", request.id, self._name, error)
-            responder.refuse(_failure(error))
-            return
-        responder.accept()
+            self._admission.wait(context)
+        except Overloaded:
+            self._meter.worker.rejected()
+            self._meter.refused.value += 1
+            raise
+        self._waiting.add(context)
+        context.responder.wait()
+
+    def begin(self, context: _Running) -> None:
+        """A request that waited has its slot."""
+        self._waiting.discard(context)
+        self._moved.set()
+        context.began = self._meter.now()
+        self._meter.worker.waited(context.began - context.arrived)
+        self._spawn(context)
+
+    def leave_queue(self, context: _Running) -> bool:
+        """It waits no longer; False if it did not."""
+        self._waiting.discard(context)
+        self._moved.set()
+        return self._admission.leave(context)
+
+    # -- answering
+
+    def _spawn(self, context: _Running) -> None:
+        context.task = self._requests.spawn(self._serve(context), name="request", about=context)
+
+    async def _serve(self, context: _Running) -> None:
+        meter, request, responder = self._meter, context.request, context.responder
+        handler = meter.handler
+        handler.received(request.size)
+        if request.sent_ns:
+            meter.arrived(request.sent_ns)
+        outcome: Outcome = "error"
         failure: StatorError | None = None
+        try:
+            with handler.inflight:
+                try:
+                    stream = self._generate(request.body, context)
+                except (Exception, SystemExit) as error:
+                    logger.warning("request %s of %s refused by its handler: %s", request.id, self._name, error)
+                    failure = _failure(error)
+                    responder.refuse(failure)
+                    handler.failed(WorkError.GENERATE)
+                    return
+                responder.accept()
+                context.first = now = meter.now()
+                meter.worker.first_response(now - context.began)
+                failure = await self._answer(stream, context)
+                responder.end(failure)
+                outcome = "cancelled" if context.is_stopped else "ok" if failure is None else "error"
+                if failure is not None:
+                    await self._close(stream, request.id)
+        finally:
+            self.account(context, outcome, failure, slot=True)
+
+    async def _answer(self, stream: AsyncIterator[Any], context: _Running) -> StatorError | None:
+        """The token path: every item to the responder. Returns why it ended early, or None."""
+        responder = context.responder
         try:
             send = responder.send
             async for item in stream:
                 if not send(item):
                     await responder.ready()
                     if context.is_killed:  # and the handler did not let itself be cancelled
-                        failure = Cancelled("killed by the caller")
-                        break
+                        return Cancelled("killed by the caller")
         except asyncio.CancelledError as error:
-            failure = self._cancelled(context, error)
+            return self._cancelled(context, error)
         except (Exception, SystemExit) as error:
-            failure = _failure(error)
-            logger.warning("request %s of %s failed in its handler", request.id, self._name, exc_info=error)
-        responder.end(failure)
-        if failure is not None:
-            await self._close(stream, request.id)
+            logger.warning("request %s of %s failed in its handler", context.id, self._name, exc_info=error)
+            return _failure(error)
+        return None
+
+    def account(self, context: _Running, outcome: Outcome, error: StatorError | None = None, *, slot: bool = False) -> None:
+        """A request is over: count it, once, and let the next one have its `slot`."""
+        if context.over:
+            return
+        context.over = True
+        meter = self._meter
+        if outcome == "ok":
+            meter.ok.value += 1
+            self.answered += 1
+            self.on_success()
+        elif outcome == "cancelled":
+            meter.cancelled.value += 1
+            if context.began:
+                self._count_cancelled(context)
+        elif outcome == "error":
+            meter.error.value += 1
+        else:
+            meter.refused.value += 1
+        if context.began:
+            self._items_ended += context.responder.sent_items
+            meter.sent(context.responder.sent_bytes)
+            meter.handler.finished(meter.now() - context.began)
+        if slot:
+            self._admission.release()
+
+    def _count_cancelled(self, context: _Running) -> None:
+        """As the reference does: a caller that left in mid-answer is a response that could not be published, too (`spec/30 §6`)."""
+        handler = self._meter.handler
+        handler.cancelled()
+        if context.unheard:
+            handler.failed(WorkError.RESPONSE_STREAM)
+        elif context.first:
+            handler.failed(WorkError.PUBLISH_RESPONSE)
 
     def _cancelled(self, context: Context, error: asyncio.CancelledError) -> StatorError:
         if context.is_killed:
@@ -124,8 +290,17 @@ class Serving:
         self._draining = False
 
     async def idle(self) -> None:
-        """Wait until no request is running. The caller sets the deadline; cancelling changes nothing."""
-        await self._requests.join()
+        """Wait until no request is running or waiting. The caller sets the deadline; cancelling changes nothing."""
+        while self.inflight:
+            if self._requests:
+                await self._requests.join()
+            else:  # all wait for slots that other endpoints have
+                self._moved.clear()
+                await self._moved.wait()
+
+    def probe(self, payload: Any, request_id: str) -> AsyncIterator[Any]:
+        """Call the handler in process, beside admission and counts, as the canary does (`spec/25 §6`)."""
+        return self._generate(payload, Context(request_id))
 
     def kill_all(self) -> None:
         """Kill what is still running; what has not started is refused."""
@@ -143,13 +318,25 @@ class Serving:
         await self._requests.aclose()
         for context in self._requests.subjects():
             context.responder.end(_shutdown())
+            self.account(context, "error", slot=True)
             context.kill()
 
     def _refuse_unstarted(self) -> None:
         """A task that is cancelled before its first step never runs: its caller would hear nothing."""
+        for context in tuple(self._waiting):
+            self.leave_queue(context)
+            context.responder.start()
+            self._refuse(context, slot=False)
         for context in self._requests.subjects():
             if not context.started:
-                context.responder.refuse(Unavailable(f"endpoint {self._name} shuts down"))
+                self._refuse(context, slot=True)
+
+    def _refuse(self, context: _Running, *, slot: bool) -> None:
+        context.responder.refuse(Unavailable(f"endpoint {self._name} shuts down"))
+        self.account(context, "refused", slot=slot)
+
+
+def _nothing() -> None: ...
 
 
 def _shutdown() -> EngineError:

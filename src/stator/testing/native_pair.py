@@ -96,6 +96,8 @@ class NativePair:
         record: bool = True,
     ) -> None:
         self.calls: list[Call] = []
+        self.unreadable: list[int] = []
+        """sizes of requests that could not be read"""
         self.client_budget = ByteBudget(most=window)
         self.server_budget = ByteBudget(total=server_total)
         self.refusing: Callable[[IncomingRequest], None] | None = None
@@ -119,14 +121,18 @@ class NativePair:
             hurry=_nothing,
             greeted=_nothing,
             budget=self.server_budget,
-            lookup=lambda path: None if path == "unknown" else self._take,
+            lookup=lambda path: None if path == "unknown" else self,
         )
         self.up = Wire(self.client, self.server, record=record)
         self.down = Wire(self.server, self.client, record=record)
         if greet:
             self.settle()
 
-    def _take(self, request: IncomingRequest, stream: ServerStream) -> Call:
+    def malformed(self, size: int, kind: str) -> None:
+        """The sink's other half."""
+        self.unreadable.append(size)
+
+    def __call__(self, request: IncomingRequest, stream: ServerStream) -> Call:
         if self.refusing is not None:
             self.refusing(request)
         call = Call(request, stream)

@@ -68,7 +68,7 @@ class Caller:
         self.wheel = wheel
         self.contexts: list[Context] = []
         self.finished = 0
-        self.serving = Serving(self._observed(handler), name=endpoint)
+        self.serving = Serving(self._observed(handler), name=f"test.backend.{endpoint}")
         path = endpoint_path(INSTANCE, endpoint)
         bare = EndpointRecord(
             component="backend",

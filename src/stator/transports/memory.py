@@ -52,6 +52,7 @@ class _Stream:
     """One stream: responder for the worker, link for the reader; both ends live in one process."""
 
     __slots__ = (
+        "_bytes",
         "_client",
         "_control",
         "_dead",
@@ -63,6 +64,7 @@ class _Stream:
         "_since_yield",
         "_unread",
         "_window",
+        "sent_items",
     )
 
     def __init__(self, client: "MemoryPlane", server: "MemoryPlane", inbox: Inbox, window: int) -> None:
@@ -77,6 +79,8 @@ class _Stream:
         self._unread = 0
         self._since_yield = 0
         self._dead = False
+        self.sent_items = 0
+        self._bytes = 0
 
     # -- both directions go through the loop, in order
 
@@ -90,7 +94,7 @@ class _Stream:
         for step in steps:
             step()
 
-    def start(self, envelope: RequestEnvelope, sink: RequestSink | None) -> None:
+    def dispatch(self, envelope: RequestEnvelope, sink: RequestSink | None) -> None:
         self._later(lambda: self._deliver(envelope, sink))
 
     def _deliver(self, envelope: RequestEnvelope, sink: RequestSink | None) -> None:
@@ -99,18 +103,34 @@ class _Stream:
         try:
             if sink is None:
                 raise Unavailable("no such endpoint", instance=self._inbox.instance)
+            try:
+                body = decode_value(envelope.payload, "json")
+            except StatorError:
+                sink.malformed(len(envelope.payload), "deserialization")
+                raise
             request = IncomingRequest(
                 id=envelope.id,
-                body=decode_value(envelope.payload, "json"),
+                body=body,
                 metadata=dict(envelope.metadata),
                 headers=dict(envelope.headers),
                 deadline=envelope.deadline,
+                size=len(envelope.payload),
             )
             self._control = sink(request, self)
         except StatorError as error:
             self.refuse(error)
 
     # -- Responder
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._bytes
+
+    def wait(self) -> None:
+        self._later(lambda: self._inbox.advance(Phase.PROLOGUE))
+
+    def start(self) -> None:
+        """Nothing is held back while a request waits."""
 
     def accept(self) -> None:
         self._later(self._inbox.accept)
@@ -122,6 +142,8 @@ class _Stream:
         if self._dead:
             return False
         data = encode_json(item)
+        self.sent_items += 1
+        self._bytes += len(data)
         self._unread += max(len(data), _MIN_CHARGE)
         self._later(lambda: self._receive(data))
         self._since_yield += 1
@@ -251,7 +273,7 @@ class MemoryPlane:
         self.opened.add(stream)
         inbox.link = stream
         inbox.advance(Phase.ACCEPT)
-        stream.start(envelope, peer.sink(path))
+        stream.dispatch(envelope, peer.sink(path))
 
     def sink(self, path: str) -> RequestSink | None:
         """Who takes requests for `path`; None when nobody does."""

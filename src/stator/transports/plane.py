@@ -5,10 +5,10 @@ A plane carries meaning, it has none of its own: prologue, items, sentinel, stop
 (`stator.testing.plane_suite`) holds every plane to them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ from stator.transports.inbox import Inbox
 
 __all__ = [
     "InstanceObserver",
+    "Malformed",
     "Plane",
     "PlaneClient",
     "PlaneHost",
@@ -44,12 +45,38 @@ class RequestControl(Protocol):
         """The client is gone or wants nothing more; nothing sent from now on is delivered."""
         ...
 
+    def unreachable(self) -> None:
+        """No way to the client could be made: `kill`, and counted as that."""
+        ...
+
+
+Malformed = Literal["deserialization", "invalid_message"]
+"""what was wrong with a request (`spec/30 §6`)"""
+
 
 class Responder(Protocol):
-    """How a worker answers one request. Calls arrive in the order accept, send…, end; or refuse alone.
+    """How a worker answers one request. Calls arrive in the order accept, send…, end; or refuse alone; wait and start before either.
 
     After `kill` every call is accepted and does nothing. Exactly one of `refuse` and `end` must be called.
     """
+
+    @property
+    def sent_items(self) -> int:
+        """Items taken for sending."""
+        ...
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of what was taken for sending, as this plane writes items (and the final frame, where it has one)."""
+        ...
+
+    def wait(self) -> None:
+        """The request waits for a slot; the sink has not returned yet."""
+        ...
+
+    def start(self) -> None:
+        """The wait is over."""
+        ...
 
     def accept(self) -> None:
         """The prologue: the handler was called."""
@@ -75,8 +102,16 @@ class Responder(Protocol):
         ...
 
 
-RequestSink = Callable[[IncomingRequest, Responder], RequestControl]
-"""Takes a request the plane has received. Synchronous; raises a `StatorError` to refuse (nothing was started then)."""
+class RequestSink(Protocol):
+    """Who takes the requests of one endpoint."""
+
+    def __call__(self, request: IncomingRequest, responder: Responder, /) -> RequestControl:
+        """Take a request the plane has received. Raises a `StatorError` to refuse it; nothing was started then."""
+        ...
+
+    def malformed(self, size: int, kind: Malformed) -> None:
+        """A request of `size` bytes for this endpoint could not be read; the plane tells its sender."""
+        ...
 
 
 class PlaneServer(Protocol):

@@ -1,9 +1,7 @@
 """The dialling end: opens streams, feeds their receivers, returns credit."""
 
 from collections.abc import Callable
-from functools import cache
 from struct import Struct
-from typing import Any
 
 import msgspec
 
@@ -18,171 +16,77 @@ from stator.protocol.native.frames import (
     KILL,
     LAST,
     MAX_PAYLOAD,
-    MORE,
     OPEN,
+    QUEUED,
     REFUSE,
     STOP,
     frame,
     pack_header,
 )
 from stator.protocol.native.hello import Goaway, Hello
+from stator.protocol.native.incoming import Incoming
+from stator.protocol.native.inputs import InputSender
 from stator.protocol.native.liveness import LivenessLimits
-from stator.protocol.native.outgoing import ITEM_OVERHEAD, RequestSender
+from stator.protocol.native.outgoing import RequestSender
 from stator.protocol.native.problem import decode_error
 from stator.protocol.native.session import Session
 from stator.protocol.stream import Phase, Receiver
-from stator.protocol.values import DECODE_ERRORS
 
 __all__ = ["ClientSession", "ClientStream"]
 
-_CREDIT = Struct(">I").pack
 _OPENING = Struct(">IH").pack
 _MAX_HEAD = 65000
 _MAX_STREAM = 2**32 - 1
 
 _ENCODE_ERRORS = (msgspec.MsgspecError, TypeError, ValueError, RecursionError)
 
+MakeSender = Callable[[Session, int], InputSender]
+
 _encode_head = msgspec.json.Encoder().encode
 
 
-@cache
-def _decoders(item_type: Any) -> tuple[Callable[[bytes], list[Any]], Callable[[bytes], Any]]:
-    """How to read an ITEMS frame, and one item, of a type."""
-    decoder = msgspec.json.Decoder(item_type)
-    return decoder.decode_lines, decoder.decode
+class ClientStream(Incoming):
+    """One open request; the `StreamLink` of its inbox. `sender` carries the inputs of a bidirectional one."""
 
-
-class ClientStream:
-    """One open request; the `StreamLink` of its inbox."""
-
-    __slots__ = (
-        "_fragments",
-        "_lines",
-        "_one",
-        "_request",
-        "_session",
-        "_uncredited",
-        "_unread",
-        "_window",
-        "number",
-        "receiver",
-    )
+    __slots__ = ("_client", "_request", "sender")
 
     def __init__(self, session: "ClientSession", number: int, receiver: Receiver, window: int) -> None:
-        self.number = number
-        self.receiver = receiver
-        self._session = session
-        self._window = window
-        self._uncredited = 0
-        self._unread = 0
-        self._fragments: list[bytes] | None = None
+        super().__init__(session, number, receiver, window)
+        self._client = session
         self._request: RequestSender | None = None
-        self._lines, self._one = _decoders(receiver.item_type)
+        self.sender: InputSender | None = None
 
     # -- StreamLink
 
     def stop(self) -> None:
         request = self._request
         if request is not None and request.queued:  # the handler was not called yet
-            self._session.kill(self)
+            self._client.kill(self)
             self.receiver.finish()
         elif not self.receiver.ended:
-            self._session.outgoing.control(frame(STOP, self.number))
+            if self.sender is not None:  # the stop ends the inputs too
+                self.sender.close()
+            self._client.outgoing.control(frame(STOP, self.number))
 
     def kill(self) -> None:
-        self._session.kill(self)
-
-    def taken(self) -> None:
-        self._uncredited += self._unread
-        self._unread = 0
-        if self._uncredited * 2 >= self._window:
-            self._return_credit()
+        self._client.kill(self)
 
     def send_later(self, opening: bytes, payload: bytes) -> None:
         """Queue the OPEN among the stream data: it is large, or the transport is paused."""
         self._request = RequestSender(self.number, opening, payload)
-        self._session.outgoing.ready(self._request)
+        self._client.outgoing.ready(self._request)
 
     def withdraw(self) -> bool | None:
         """Send no more of the request. None: it has left as a whole; else whether a part of it has left."""
         request, self._request = self._request, None
         if request is None or not request.queued:
             return None
-        self._session.outgoing.remove(request)
+        self._client.outgoing.remove(request)
         return request.started
 
-    # -- frames
-
-    def items(self, flags: int, count: int, payload: bytes) -> None:
-        """An ITEMS frame. Token path: one decode and one call into the receiver."""
-        if flags & MORE or self._fragments is not None:
-            self._fragment(flags, count, payload)
-            return
-        try:
-            values = self._lines(payload)
-        except DECODE_ERRORS as error:
-            self._undecodable(error)
-            return
-        if len(values) != count:
-            raise PeerProtocolError(f"ITEMS frame announces {count} items and holds {len(values)}")
-        self._unread += len(payload) + ITEM_OVERHEAD * count
-        if self._unread > self._window + 2 * MAX_PAYLOAD:
-            raise PeerProtocolError(f"stream {self.number} sent {self._unread} bytes into a window of {self._window}")
-        self.receiver.receive(values)
-
-    def _fragment(self, flags: int, count: int, payload: bytes) -> None:
-        """A part of an item above one frame. It was begun under credit, so all of it comes; it is charged when it is whole."""
-        if self._fragments is None:
-            if self._unread + self._uncredited >= self._window:
-                raise PeerProtocolError(f"stream {self.number} began an item without credit")
-            self._fragments = []
-            self.receiver.accept()
-        self._fragments.append(payload)
-        if flags & MORE:
-            self._check_fragment(flags, count, payload)
-            return
-        whole = b"".join(self._fragments)
-        self._fragments = None
-        if count != 1:
-            raise PeerProtocolError(f"the last fragment of an item announces {count} items")
-        self._unread += len(whole) + ITEM_OVERHEAD
-        try:
-            value = self._one(whole)
-        except DECODE_ERRORS as error:
-            self._undecodable(error)
-            return
-        self.receiver.receive((value,))
-
-    def _check_fragment(self, flags: int, count: int, payload: bytes) -> None:
-        if len(payload) != MAX_PAYLOAD:
-            raise PeerProtocolError(f"a fragment of an item has {len(payload)} bytes instead of {MAX_PAYLOAD}")
-        if count or flags & LAST:
-            raise PeerProtocolError("a fragment of an item can end neither an item nor the stream")
-        assert self._fragments is not None
-        if len(self._fragments) * MAX_PAYLOAD > self._session.hello.limits.item:
-            raise PeerProtocolError(f"item is larger than {self._session.hello.limits.item} bytes")
-
-    def _return_credit(self) -> None:
-        self._session.outgoing.control(frame(CREDIT, self.number, _CREDIT(self._uncredited)))
-        self._uncredited = 0
-
-    def _undecodable(self, error: Exception) -> None:
-        """Items that are JSON but not of the caller's type end this stream only; anything else is a broken peer."""
-        if not isinstance(error, msgspec.ValidationError):
-            raise PeerProtocolError(f"ITEMS frame of stream {self.number} is not JSON: {error}") from error
-        self._session.kill(self)
-        self.receiver.finish(PeerProtocolError(f"item does not fit {self.receiver.item_type}: {error}"))
-
-    @property
-    def in_mid_item(self) -> bool:
-        """Whether a part of an item has arrived and its rest has not."""
-        return self._fragments is not None
-
-    def release(self, budget: ByteBudget) -> None:
-        """The stream is over for the client: return its window."""
-        budget.give(self._window)
-        self._window = 0
-        self._fragments = None
+    def mistyped(self, error: PeerProtocolError) -> None:
+        self._client.kill(self)
+        self.receiver.finish(error)
 
 
 class ClientSession(Session):
@@ -214,8 +118,9 @@ class ClientSession(Session):
     def open_streams(self) -> int:
         return len(self.streams)
 
-    def open(self, path: str, envelope: RequestEnvelope, receiver: Receiver) -> ClientStream:
-        """Queue an OPEN; the answer goes to `receiver`. The peer's HELLO must have arrived.
+    def open(self, path: str, envelope: RequestEnvelope, receiver: Receiver, sender: MakeSender | None = None) -> ClientStream:
+        """Queue an OPEN; the answer goes to `receiver`. The peer's HELLO must have arrived. `sender` is given for a bidirectional
+        request, whose envelope has no payload: it makes what its inputs are sent through.
 
         Raises `UsageError` when the request is larger than the peer takes or its head cannot be written, `Overloaded` when the
         connection has no stream id left. Nothing was queued then.
@@ -235,6 +140,8 @@ class ClientSession(Session):
         number = self._number()
         window = self._budget.window()
         stream = self.streams[number] = ClientStream(self, number, receiver, window)
+        if sender is not None:
+            stream.sender = sender(self, number)
         opening = _OPENING(window, len(head)) + head
         size = len(opening) + len(envelope.payload)
         if size <= MAX_PAYLOAD and self.outgoing.writable:
@@ -257,7 +164,7 @@ class ClientSession(Session):
         if stream is None:
             if kind in (END, REFUSE) or (kind == ITEMS and flags & LAST):
                 self.killed.discard(number)
-            elif kind not in (ACCEPT, ITEMS, CREDIT):
+            elif kind not in (ACCEPT, ITEMS, CREDIT, QUEUED):
                 self.unknown(kind, flags)
         elif kind == ITEMS:
             if flags & LAST:
@@ -275,6 +182,8 @@ class ClientSession(Session):
             stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance) if payload else None)
         elif kind == ACCEPT:
             stream.receiver.accept()
+        elif kind == QUEUED:
+            stream.receiver.advance(Phase.PROLOGUE)
         elif kind == REFUSE:
             if stream.withdraw():
                 self.outgoing.control(frame(KILL, number))  # the worker need not wait for the rest of the request
@@ -282,11 +191,15 @@ class ClientSession(Session):
             stream.receiver.finish(decode_error(payload, instance=stream.receiver.instance))
         elif kind != CREDIT:
             self.unknown(kind, flags)
+        elif stream.sender is not None:
+            stream.sender.credit_frame(payload)
 
     def forget(self, stream: ClientStream) -> None:
         """The stream is over on both sides."""
         if self.streams.pop(stream.number, None) is not None:
             stream.release(self._budget)
+            if stream.sender is not None:
+                stream.sender.close()
 
     def kill(self, stream: ClientStream) -> None:
         """The stream is over for us; its id stays taken until the worker's END, unless nothing of the request had left."""

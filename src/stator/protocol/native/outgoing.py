@@ -99,12 +99,27 @@ class Sender:
     `push` is the token path. A subclass is told by `drained` when its queue has left and by `credited` when it may send again.
     """
 
-    __slots__ = ("_end", "_offset", "_parts", "_size", "accepting", "credit", "number", "outgoing", "queued")
+    __slots__ = (
+        "_end",
+        "_granted",
+        "_offset",
+        "_parts",
+        "_size",
+        "accepting",
+        "credit",
+        "number",
+        "outgoing",
+        "queued",
+        "sent_items",
+    )
 
     def __init__(self, outgoing: Outgoing, number: int, credit: int) -> None:
         self.outgoing = outgoing
         self.number = number
         self.credit = credit
+        self._granted = credit
+        self.sent_items = 0
+        """items taken for sending"""
         self.queued = False
         self._parts: list[bytes] = []
         self._size = 0
@@ -124,12 +139,18 @@ class Sender:
         """Items queued and not sent."""
         return len(self._parts)
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of the items taken for sending, without framing."""
+        return self._granted - self.credit - ITEM_OVERHEAD * self.sent_items
+
     def push(self, data: bytes) -> int:
         """Queue one encoded item; the answer is the number of items now waiting for the flush."""
         parts = self._parts
         parts.append(data)
         size = len(data) + 1
         self._size += size
+        self.sent_items += 1
         self.credit -= size + ITEM_OVERHEAD
         if not self.queued:
             self.queued = True
@@ -143,6 +164,7 @@ class Sender:
             return 0
         size = len(parts.pop())
         self._size -= size + 1
+        self.sent_items -= 1
         self.credit += size + 1 + ITEM_OVERHEAD
         return size
 
@@ -155,6 +177,7 @@ class Sender:
 
     def grant(self, amount: int) -> None:
         """A CREDIT frame arrived."""
+        self._granted += amount
         self.credit += amount
         self.credited()
 

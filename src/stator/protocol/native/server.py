@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable
 from struct import Struct
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
 from stator.errors import Cancelled, EngineError, Overloaded, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest
 from stator.protocol.native.budget import ByteBudget
-from stator.protocol.native.frames import CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, REFUSE, STOP, frame
+from stator.protocol.native.frames import CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, QUEUED, REFUSE, STOP, frame
 from stator.protocol.native.hello import Goaway, Hello
 from stator.protocol.native.liveness import LivenessLimits
 from stator.protocol.native.outgoing import Sender
@@ -37,6 +37,14 @@ class Control(Protocol):
     def kill(self) -> None: ...
 
 
+class Sink(Protocol):
+    """Who takes the requests of an endpoint (`stator.transports.plane.RequestSink`)."""
+
+    def __call__(self, request: IncomingRequest, responder: Any, /) -> Control: ...
+
+    def malformed(self, size: int, kind: Literal["deserialization"]) -> None: ...
+
+
 class ServerStream(Sender):
     """One request being answered. `accept`, `end` and `refuse` are the sans-IO half of a `Responder`."""
 
@@ -61,6 +69,13 @@ class ServerStream(Sender):
             if not self.queued:
                 self.queued = True
                 self.outgoing.ready(self)
+
+    def wait(self) -> None:
+        if not self.dead:
+            self.outgoing.control(frame(QUEUED, self.number))
+
+    def start(self) -> None:
+        """Nothing is held back while a request waits."""
 
     def refuse(self, error: StatorError) -> None:
         if not self.dead:
@@ -93,7 +108,6 @@ class ServerStream(Sender):
 
 
 S = TypeVar("S", bound=ServerStream)
-RequestSink = Callable[[IncomingRequest, Any], Control]
 
 
 class _Arriving:
@@ -127,7 +141,7 @@ class ServerSession(Session):
         hurry: Callable[[], None],
         greeted: Callable[[], None],
         budget: ByteBudget,
-        lookup: Callable[[str], RequestSink | None],
+        lookup: Callable[[str], Sink | None],
         make: Callable[["ServerSession", int, int], ServerStream] = ServerStream,
     ) -> None:
         super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted)
@@ -237,7 +251,12 @@ class ServerSession(Session):
             if self.draining:
                 raise Unavailable("the worker is draining")
             request = IncomingRequest(
-                id=id, body=decode_value(body[start:], "json"), metadata=metadata, headers=headers, deadline=deadline
+                id=id,
+                body=self._read_value(sink, body, start),
+                metadata=metadata,
+                headers=headers,
+                deadline=deadline,
+                size=len(body) - start,
             )
             control = sink(request, stream)
         except StatorError as error:
@@ -248,6 +267,13 @@ class ServerSession(Session):
             stream.refuse(StatorError(f"the worker could not take the request: {type(error).__name__}"))
             return
         stream.control = control
+
+    def _read_value(self, sink: Sink, body: bytes | memoryview, start: int) -> Any:
+        try:
+            return decode_value(body[start:], "json")
+        except StatorError:
+            sink.malformed(len(body) - start, "deserialization")
+            raise
 
     def greeted(self) -> None:
         if self.draining:

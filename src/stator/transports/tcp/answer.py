@@ -36,7 +36,7 @@ _TCP_CLOSE = 7
 class Answer(asyncio.Protocol):
     """`Responder` of one request and the protocol of its call-home connection, which is dialled while the handler starts.
 
-    `released` is called once, when the answer has ended or nobody hears it any more; `gone` once, when nothing of it is left.
+    `on_start` is called when a request that waited has its slot; `gone` once, when nothing of it is left.
     """
 
     slot: set[Timed] | None = None
@@ -49,7 +49,7 @@ class Answer(asyncio.Protocol):
         request_id: str,
         wheel: DeadlineWheel,
         linger: float,
-        released: Callable[[], None],
+        on_start: Callable[["Answer"], None] | None,
         gone: Callable[["Answer"], None],
     ) -> None:
         """Raises `PeerProtocolError` when the address is none."""
@@ -59,7 +59,9 @@ class Answer(asyncio.Protocol):
         self._wheel = wheel
         self._loop = wheel.loop
         self._linger = linger
-        self._released: Callable[[], None] | None = released
+        self._on_start = on_start
+        self.waiting = False
+        """its request waits for a slot; it is not dialled before it has one"""
         self._gone: Callable[[Answer], None] | None = gone
         self._control: RequestControl | None = None
         self._transport: asyncio.Transport | None = None
@@ -75,7 +77,7 @@ class Answer(asyncio.Protocol):
 
     # -- dialling
 
-    def start(self, scope: Scope, *, timeout: float) -> None:
+    def start_dialling(self, scope: Scope, *, timeout: float) -> None:
         """Dial in a task of `scope`, for at most `timeout` seconds. A failure kills the request: nobody hears the answer."""
         self._wheel.arm(self, self._wheel.now() + timeout)
         self._dialling = scope.spawn(self._dial())
@@ -95,6 +97,8 @@ class Answer(asyncio.Protocol):
     def _dialled(self, task: asyncio.Task[None]) -> None:
         self._dialling = None
         if self._transport is None:
+            if self._control is not None and not self._ended:
+                self._control.unreachable()
             self._kill()
             self._leave()
 
@@ -106,6 +110,22 @@ class Answer(asyncio.Protocol):
         self._control = control
 
     # -- Responder
+
+    @property
+    def sent_items(self) -> int:
+        return self._writer.sent_items
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._writer.sent_bytes
+
+    def wait(self) -> None:
+        self.waiting = True
+
+    def start(self) -> None:
+        self.waiting = False
+        if self._on_start is not None:
+            self._on_start(self)
 
     def accept(self) -> None:
         if not self._ended:
@@ -146,7 +166,6 @@ class Answer(asyncio.Protocol):
     def _end(self) -> None:
         self._ended = True
         self._wake()
-        self._release()
 
     # -- writing
 
@@ -246,20 +265,16 @@ class Answer(asyncio.Protocol):
             self._transport.abort()
         elif self._dialling is not None:
             self._dialling.cancel()
+        else:
+            self._leave()
 
     def _kill(self) -> None:
         if not self._ended:
             self._ended = True
             if self._control is not None:
                 self._control.kill()
-            self._release()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def _release(self) -> None:
-        released, self._released = self._released, None
-        if released is not None:
-            released()
 
     def _leave(self) -> None:
         """Nothing is left: let go of everything."""

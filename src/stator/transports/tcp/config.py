@@ -36,24 +36,6 @@ class TcpConfig(Config, frozen=True, kw_only=True):
             on_bad_dyn="default",
         ),
     ] = 0
-    engine_slots: Annotated[
-        int | None,
-        Setting(doc="requests answered at once, over all endpoints; none: pool_slots", ge=1, dyn="DYN_ENGINE_REQUEST_LIMIT"),
-    ] = None
-    engine_queue: Annotated[
-        int,
-        Setting(
-            doc="requests that wait for one of engine_slots before others are refused; at least 2",
-            ge=0,
-            dyn="DYN_DYNAMO_REQUEST_QUEUE_LIMIT",
-        ),
-    ] = 16
-    pool_slots: Annotated[
-        int, Setting(doc="requests answered at once where engine_slots is not set", ge=1, dyn="DYN_TCP_WORKER_POOL_SIZE")
-    ] = 10_000
-    pool_queue: Annotated[int, Setting(doc="requests that wait for one of pool_slots", ge=0, dyn="DYN_TCP_WORK_QUEUE_SIZE")] = (
-        40_000
-    )
     linger: Annotated[
         float, Setting(doc="how long a finished answer's connection waits for its client to close it", unit="s", gt=0)
     ] = 10.0

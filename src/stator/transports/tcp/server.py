@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from functools import partial
 
 import msgspec
 
@@ -15,7 +13,6 @@ from stator.protocol.records import EndpointRecord, Transport
 from stator.protocol.request_frame import (
     ACCEPTED,
     INVALID_PATH,
-    OVERLOADED,
     SHUTTING_DOWN,
     RequestFrame,
     overloaded,
@@ -25,13 +22,12 @@ from stator.protocol.request_frame import (
 from stator.protocol.two_part import decode_message
 from stator.protocol.values import decode_value
 from stator.tasks import DeadlineWheel, Scope
-from stator.transports.plane import PlaneHost, RequestSink
+from stator.transports.plane import Malformed, PlaneHost, RequestSink
 from stator.transports.tcp.address import join_host_port, numeric_host
-from stator.transports.tcp.admission import Admission
 from stator.transports.tcp.answer import Answer
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
-from stator.transports.tcp.headers import TRACE_HEADERS, read_deadline
+from stator.transports.tcp.headers import TRACE_HEADERS, read_deadline, read_sent_ns
 from stator.transports.tcp.request_listener import RequestConnection
 
 __all__ = ["CompatibleServer"]
@@ -54,11 +50,6 @@ class CompatibleServer:
         self._listener: asyncio.Server | None = None
         self._address = ""
         self._draining = False
-        if config.engine_slots is not None:
-            # The reference queues two requests even where the queue is set to less.
-            self._admission = Admission(slots=config.engine_slots, queue=max(config.engine_queue, 2))
-        else:
-            self._admission = Admission(slots=config.pool_slots, queue=config.pool_queue)
 
     @classmethod
     async def listen(cls, config: TcpConfig, host: PlaneHost) -> "CompatibleServer":
@@ -81,7 +72,7 @@ class CompatibleServer:
     @property
     def open_streams(self) -> int:
         """Requests queued, being answered, or whose connection has not ended."""
-        return len(self._answers) + self._admission.queued
+        return len(self._answers)
 
     # -- PlaneServer
 
@@ -100,7 +91,6 @@ class CompatibleServer:
     async def aclose(self) -> None:
         self._draining = True
         listener, self._listener = self._listener, None
-        self._admission.clear()
         if listener is not None:
             listener.close()
         for connection in tuple(self._connections):
@@ -126,47 +116,34 @@ class CompatibleServer:
             return INVALID_PATH
         if self._draining:
             return SHUTTING_DOWN
-        if frame.path not in self._sinks:
+        sink = self._sinks.get(frame.path)
+        if sink is None:
             # The reference's client takes this acknowledgement for success and would wait for ever: tell it at home too.
             self._refuse(frame, Unavailable(f"no endpoint is served at {frame.path}"))
             return unknown_endpoint(frame.path)
-        if self._admission.take():
-            return self._start(frame)
-        if self._admission.wait(partial(self._start_queued, frame)):
-            return ACCEPTED
-        return OVERLOADED
-
-    def _start(self, frame: RequestFrame) -> bytes:
-        """Start a request that has a slot. What its sink refuses at once needs no call home."""
         try:
-            self._serve(frame)
+            self._serve(frame, sink)
+        except Overloaded as error:
+            return overloaded(error.message)
+        except Unavailable as error:
+            return unavailable(error.message)
         except StatorError as error:
-            self._admission.release()
-            if isinstance(error, Overloaded):
-                return overloaded(error.message)
-            if isinstance(error, Unavailable):
-                return unavailable(error.message)
             self._refuse(frame, error)
         return ACCEPTED
 
-    def _start_queued(self, frame: RequestFrame) -> None:
-        """Start a request that was acknowledged when it was queued."""
+    def _serve(self, frame: RequestFrame, sink: RequestSink) -> None:
+        """Decode a request, hand it to its sink and call home, unless it has to wait. Raises when nothing was started."""
+        kind: Malformed = "invalid_message"
         try:
-            self._serve(frame)
-        except StatorError as error:
-            self._admission.release()
-            self._refuse(frame, error)
-
-    def _serve(self, frame: RequestFrame) -> None:
-        """Decode a request, hand it to its sink and call home. Raises when nothing was started."""
-        header, data = decode_message(frame.payload)
-        message = decode_control_message(header)
-        address = read_call_home(header)
-        request = _read_request(message, address, data, frame)
-        sink = self._sinks.get(frame.path or "")
-        if sink is None:
-            raise Unavailable(f"no endpoint is served at {frame.path}")
-        answer = self._answer(address, message.codec, message.id, self._admission.release)
+            header, data = decode_message(frame.payload)
+            kind = "deserialization"
+            message = decode_control_message(header)
+            address = read_call_home(header)
+            request = _read_request(message, address, data, frame)
+        except StatorError:
+            sink.malformed(len(frame.payload), kind)
+            raise
+        answer = self._answer(address, message.codec, message.id)
         try:
             answer.controls(sink(request, answer))
         except StatorError:
@@ -174,7 +151,9 @@ class CompatibleServer:
         except Exception as error:  # a sink that is closing, or a bug in it: the connection carries other requests
             logger.exception("request %s could not be started", message.id)
             raise StatorError(f"the request could not be started: {error}") from error
-        self._dial(answer)
+        self._answers.add(answer)
+        if not answer.waiting:
+            self._dial(answer)
 
     def _refuse(self, frame: RequestFrame, error: StatorError) -> None:
         """Call home to say no, if it can be read where home is (`spec/10 §11`, rule 3)."""
@@ -182,27 +161,27 @@ class CompatibleServer:
         try:
             header, _ = decode_message(frame.payload)
             address = read_call_home(header)
-            answer = self._answer(address, "json", address.context, lambda: None)
+            answer = self._answer(address, "json", address.context)
         except PeerProtocolError as unreadable:
             logger.warning("its client is not told: %s", unreadable)
             return
         answer.refuse(error)
         self._dial(answer)
 
-    def _answer(self, address: CallHomeAddress, codec: Codec, request_id: str, released: Callable[[], None]) -> Answer:
+    def _answer(self, address: CallHomeAddress, codec: Codec, request_id: str) -> Answer:
         return Answer(
             address,
             codec=codec,
             request_id=request_id,
             wheel=self._wheel,
             linger=self._config.linger,
-            released=released,
+            on_start=self._dial,
             gone=self._answers.discard,
         )
 
     def _dial(self, answer: Answer) -> None:
         self._answers.add(answer)
-        answer.start(self._dials, timeout=self._config.connect_timeout)
+        answer.start_dialling(self._dials, timeout=self._config.connect_timeout)
 
 
 def _read_request(message: ControlMessage, address: CallHomeAddress, data: Data, frame: RequestFrame) -> IncomingRequest:
@@ -217,4 +196,6 @@ def _read_request(message: ControlMessage, address: CallHomeAddress, data: Data,
         metadata={} if message.metadata is msgspec.UNSET else message.metadata,
         headers={name: frame.headers[name] for name in TRACE_HEADERS if name in frame.headers},
         deadline=read_deadline(frame.headers),
+        size=len(frame.payload),
+        sent_ns=read_sent_ns(frame.headers),
     )
