@@ -10,7 +10,17 @@ from typing import Literal, Protocol
 from stator.clock import Clock
 from stator.protocol.ids import EndpointId
 from stator.runtime.admission import Admission
-from stator.telemetry import Counter, Family, MetricsLevel, WorkerProcessMetrics, WorkError, WorkHandlerMetrics
+from stator.telemetry import (
+    Counter,
+    Family,
+    MetricsLevel,
+    RequestLog,
+    RequestPlaneMetrics,
+    WorkerProcessMetrics,
+    WorkError,
+    WorkHandlerMetrics,
+)
+from stator.transports.plane import Traffic
 
 __all__ = ["EndpointMeter", "Outcome", "ProcessMeter"]
 
@@ -27,12 +37,17 @@ class _Sending(Protocol):
 class ProcessMeter:
     """What all endpoints of a process share. `admission` is shown in the reference's pool and queue gauges."""
 
-    def __init__(self, root: MetricsLevel, admission: Admission, clock: Clock) -> None:
+    def __init__(self, root: MetricsLevel, admission: Admission, clock: Clock, *, instance: int = 0) -> None:
         self.root = root
+        self.instance = instance
+        self.log = RequestLog(clock)
         self.clock = clock
         self.admission = admission
         self._levels: dict[tuple[str, ...], MetricsLevel] = {(): root}
+        self.traffic = Traffic()
         self._worker: WorkerProcessMetrics | None = None
+        self._calls: RequestPlaneMetrics | None = None
+        self._shown = Traffic()
         self._received: Family[Counter] | None = None
         self._outcomes: Family[Counter] | None = None
 
@@ -53,6 +68,21 @@ class ProcessMeter:
             worker.admits(pool=self.admission.slots, queue=self.admission.room)
             self.root.on_update(self._show_admission)
         return self._worker
+
+    @property
+    def calls(self) -> RequestPlaneMetrics:
+        """What is counted of the requests this process sends; registered with its first client."""
+        if self._calls is None:
+            self._calls = RequestPlaneMetrics(self.root)
+            self.root.on_update(self._show_traffic)
+        return self._calls
+
+    def _show_traffic(self) -> None:
+        calls, now, shown = self.calls, self.traffic, self._shown
+        calls.tcp_sent(now.sent - shown.sent)
+        calls.tcp_received(now.received - shown.received)
+        calls.tcp_failed(now.failed - shown.failed)
+        self._shown = Traffic(sent=now.sent, received=now.received, failed=now.failed)
 
     def _show_admission(self) -> None:
         """A gauge per request would be work for each of them; the admission knows the numbers."""
@@ -87,6 +117,9 @@ class EndpointMeter:
     ) -> None:
         """Raises `UsageError` if the names or `labels` cannot be used; `level` is then to be removed."""
         self.now: Callable[[], float] = process.clock.monotonic
+        self.endpoint = endpoint
+        self.instance = process.instance
+        self.log = process.log
         self.worker = process.worker
         self.handler = WorkHandlerMetrics(level, labels)
         self.received = process.received(endpoint)

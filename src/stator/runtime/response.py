@@ -26,6 +26,7 @@ from stator.routing import Attempts, Candidate, Policy, RouteRequest
 from stator.runtime.context import Context
 from stator.runtime.services import Services
 from stator.runtime.view import InstanceView
+from stator.telemetry import RequestPlaneMetrics
 from stator.transports.inbox import Inbox, Patience
 
 __all__ = ["ResponseStream", "Route"]
@@ -61,6 +62,7 @@ class ResponseStream:
 
     __slots__ = (
         "_attempts",
+        "_calls",
         "_candidate",
         "_context",
         "_deadline",
@@ -69,6 +71,7 @@ class ResponseStream:
         "_inbox",
         "_item_type",
         "_iterator",
+        "_mark",
         "_over",
         "_patience",
         "_route",
@@ -99,6 +102,8 @@ class ResponseStream:
         self._candidate: Candidate | None = None
         self._inbox: Inbox | None = None
         self._iterator: AsyncIterator[Any] | None = None
+        self._calls = services.meter.calls
+        self._mark = services.wheel.now()
         self._deadline = 0.0
         self._entered = False
         self._stopped = False
@@ -150,6 +155,8 @@ class ResponseStream:
                 except StatorError as error:
                     inbox = await self._recover(inbox, error)
                     continue
+                if self._mark:
+                    self._arrived()
                 items = inbox.items
                 take = items.popleft
                 while items:
@@ -183,6 +190,8 @@ class ResponseStream:
         while True:
             try:
                 if await inbox.more():
+                    if self._mark:
+                        self._arrived()
                     return True
             except StatorError as error:
                 inbox = await self._recover(inbox, error)
@@ -221,11 +230,13 @@ class ResponseStream:
             try:
                 if self._context is not None:
                     self._context.subscribe(self._context_ended)
+                self._calls.queued(self._lap())
                 await self._services.network.open(record, self._envelope, inbox)
                 if self._stopped:
                     inbox.stop()
                 if inbox.phase < Phase.FIRST_ITEM:
                     await inbox.opened()
+                self._calls.sent(self._services.wheel.now() - self._mark)
             except StatorError as error:
                 inbox.finish(error)
             except BaseException:
@@ -242,6 +253,16 @@ class ResponseStream:
                 raise error
             self._leave()
             cause = error
+
+    def _lap(self) -> float:
+        """Seconds since the request was made or sent before; counting begins again."""
+        before, self._mark = self._mark, self._services.wheel.now()
+        return self._mark - before
+
+    def _arrived(self) -> None:
+        """The first item is here."""
+        self._calls.first_item(self._lap())
+        self._mark = 0.0
 
     def _unsent(self) -> Inbox | None:
         """The end of a request that is not sent any more, because it was stopped: nobody has items. Raises `Cancelled` if it was killed."""
@@ -287,6 +308,7 @@ class ResponseStream:
             logger.debug("request %s cannot be tried elsewhere: %s", self.id, error)
             raise cause from None
         view.occupancy.acquire(candidate)
+        self._calls.inflight.inc()
         self._candidate = candidate
         return view.records[candidate.instance_id]
 
@@ -362,7 +384,7 @@ class ResponseStream:
         if inbox is not None and not self._over:
             loop = self._services.wheel.loop
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_abandon, inbox, self._view, self._candidate)
+                loop.call_soon_threadsafe(_abandon, inbox, self._view, self._candidate, self._calls)
 
     def _context_ended(self, killed: bool) -> None:
         if killed:
@@ -377,6 +399,7 @@ class ResponseStream:
         candidate, self._candidate = self._candidate, None
         if candidate is not None:
             self._view.occupancy.release(candidate)
+            self._calls.inflight.dec()
 
     def _finish(self) -> None:
         """The request is over; the chosen instance stays known."""
@@ -389,10 +412,11 @@ class ResponseStream:
                 self._view.availability.mark_room(candidate.instance_id)
 
 
-def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None) -> None:
+def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None, calls: RequestPlaneMetrics) -> None:
     inbox.kill()
     if candidate is not None:
         view.occupancy.release(candidate)
+        calls.inflight.dec()
 
 
 _ENDED = Phase.ENDED

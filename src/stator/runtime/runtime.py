@@ -84,6 +84,12 @@ class Runtime:
             views: dict[EndpointId, InstanceView] = {}
             wheel = DeadlineWheel(asyncio.get_running_loop())
             stack.callback(wheel.close)
+            meter = ProcessMeter(
+                MetricsLevel.runtime(worker_id=found.instance_id),
+                Admission(prepared.admission),
+                clock,
+                instance=found.instance_id,
+            )
             host = PlaneHost(
                 process=f"{random.getrandbits(128):032x}",
                 bind_host=config.host,
@@ -93,9 +99,10 @@ class Runtime:
                 clock=clock,
                 random=random,
                 observer=ViewsObserver(views),
+                traffic=meter.traffic,
                 overrides=sections,
             )
-            meter = ProcessMeter(MetricsLevel.runtime(worker_id=found.instance_id), Admission(prepared.admission), clock)
+            stack.callback(meter.log.close)
             health = prepared.health
             state = SystemHealth(
                 clock=_LoopClock(wheel, clock),

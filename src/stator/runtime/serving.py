@@ -29,7 +29,7 @@ _CLOSE_LIMIT = 5.0
 class _Running(Context):
     """The context of a request from its arrival to its end; it waits for a slot, then a task answers it."""
 
-    __slots__ = ("arrived", "began", "first", "over", "request", "responder", "serving", "task", "unheard")
+    __slots__ = ("arrived", "began", "first", "over", "request", "responder", "sent_before_stop", "serving", "task", "unheard")
 
     def __init__(self, serving: "Serving", request: IncomingRequest, responder: Responder, now: float) -> None:
         super().__init__(request.id, metadata=request.metadata, headers=request.headers)
@@ -46,6 +46,8 @@ class _Running(Context):
         """whether it was counted"""
         self.unheard = False
         """whether no way to its client could be made"""
+        self.sent_before_stop = -1
+        """items that had been sent when its caller asked for a graceful end"""
 
     @property
     def sent_bytes(self) -> int:
@@ -68,6 +70,8 @@ class _Running(Context):
     def stop(self) -> None:
         """Ask for a graceful end. A request that waits for a slot ends at once: complete, without items."""
         super().stop()
+        if self.sent_before_stop < 0:
+            self.sent_before_stop = self.responder.sent_items
         if self.task is None and self.serving.leave_queue(self):
             self.responder.start()
             self.responder.accept()
@@ -187,6 +191,8 @@ class Serving:
         meter, request, responder = self._meter, context.request, context.responder
         handler = meter.handler
         handler.received(request.size)
+        if meter.log.debugging:
+            meter.log.received(request.id, meter.endpoint, meter.instance, request.headers)
         if request.sent_ns:
             meter.arrived(request.sent_ns)
         outcome: Outcome = "error"
@@ -247,6 +253,8 @@ class Serving:
             meter.error.value += 1
         else:
             meter.refused.value += 1
+        if meter.log.enabled:
+            self._log(context, outcome, error)
         if context.began:
             self._items_ended += context.responder.sent_items
             meter.sent(context.responder.sent_bytes)
@@ -254,14 +262,35 @@ class Serving:
         if slot:
             self._admission.release()
 
+    def _log(self, context: _Running, outcome: Outcome, error: StatorError | None) -> None:
+        meter, responder = self._meter, context.responder
+        meter.log.completed(
+            context.id,
+            meter.endpoint,
+            meter.instance,
+            context.arrived,
+            context.began,
+            context.first,
+            meter.now(),
+            responder.sent_items,
+            responder.sent_bytes,
+            outcome,
+            "" if error is None else error.code,
+            context.headers,
+        )
+
     def _count_cancelled(self, context: _Running) -> None:
-        """As the reference does: a caller that left in mid-answer is a response that could not be published, too (`spec/30 §6`)."""
+        """As the reference does (`spec/30 §6`): what is still sent to a caller that left could not be published, too. After a stop the
+        handler decides whether that is an item or the end alone; after a kill it is not asked any more.
+        """
         handler = self._meter.handler
-        handler.cancelled()
         if context.unheard:
             handler.failed(WorkError.RESPONSE_STREAM)
-        elif context.first:
-            handler.failed(WorkError.PUBLISH_RESPONSE)
+            return
+        handler.cancelled()
+        if context.first:
+            heeded = not context.is_killed and context.responder.sent_items <= context.sent_before_stop
+            handler.failed(WorkError.PUBLISH_FINAL if heeded else WorkError.PUBLISH_RESPONSE)
 
     def _cancelled(self, context: Context, error: asyncio.CancelledError) -> StatorError:
         if context.is_killed:

@@ -256,9 +256,9 @@ class RequestPlaneMetrics:
         """So many bytes of acknowledgement bodies came over TCP; the reference's are empty."""
         self._tcp_received.value += bytes
 
-    def tcp_failed(self) -> None:
-        """A request over TCP could not be sent, or was not acknowledged in time."""
-        self._tcp_errors.value += 1
+    def tcp_failed(self, requests: int = 1) -> None:
+        """So many requests over TCP could not be sent, or were not acknowledged in time."""
+        self._tcp_errors.value += requests
 
     def nats_failed(self, kind: str) -> None:
         """A request over NATS failed; `kind` is e.g. `request_failed`."""

@@ -31,6 +31,7 @@ __all__ = [
     "RequestControl",
     "RequestSink",
     "Responder",
+    "Traffic",
 ]
 
 
@@ -182,6 +183,14 @@ class InstanceObserver(Protocol):
 C = TypeVar("C", bound=Config)
 
 
+class Traffic(msgspec.Struct, kw_only=True):
+    """What the compatible plane's caller counts: bytes of requests and of acknowledgement bodies, and requests that failed there."""
+
+    sent: int = 0
+    received: int = 0
+    failed: int = 0
+
+
 class PlaneHost(msgspec.Struct, frozen=True, kw_only=True):
     """What a process gives to its planes."""
 
@@ -197,6 +206,7 @@ class PlaneHost(msgspec.Struct, frozen=True, kw_only=True):
     clock: Clock
     random: Random
     observer: InstanceObserver | None
+    traffic: Traffic = msgspec.field(default_factory=Traffic)
     overrides: Mapping[str, Any] = {}
     """settings given as arguments, by `section.field`"""
 

@@ -16,7 +16,7 @@ from stator.protocol.stream import Phase
 from stator.tasks import DeadlineWheel
 from stator.tasks.wheel import Timed
 from stator.transports.inbox import Inbox
-from stator.transports.plane import PlaneHost
+from stator.transports.plane import PlaneHost, Traffic
 from stator.transports.tcp.address import is_loopback, is_wildcard, join_host_port, numeric_host
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
@@ -255,6 +255,8 @@ class CallHomeListener:
         self._silent: dict[CallHomeConnection, None] = {}
         self._connected: set[CallHomeConnection] = set()
         self._server: asyncio.Server | None = None
+        self.traffic = Traffic()
+        """where the request connections count"""
         self.loopback = False
         """whether only this host can call"""
         self.address = ""

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 
 from stator.clock import Clock
-from stator.errors import ConfigError, ConnectFailed, Disconnected
+from stator.errors import ConfigError, ConnectFailed, Disconnected, StatorError
 from stator.protocol.control_message import CallHomeAddress, ConnectionInfo, ControlMessage, encode_control_message
 from stator.protocol.envelope import Codec, RequestEnvelope
 from stator.protocol.records import EndpointRecord
@@ -17,7 +17,7 @@ from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
 from stator.transports.inputs import DuplexInbox
 from stator.transports.opening import while_wanted
-from stator.transports.plane import PlaneHost
+from stator.transports.plane import PlaneHost, Traffic
 from stator.transports.tcp.address import InstanceAddress, is_local
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.closing import closed
@@ -31,11 +31,14 @@ __all__ = ["CompatibleClient"]
 class CompatibleClient:
     """`PlaneClient` of the compatible TCP plane. Made by `CompatibleClient.start`."""
 
-    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel, clock: Clock, listener: CallHomeListener) -> None:
+    def __init__(
+        self, *, config: TcpConfig, wheel: DeadlineWheel, clock: Clock, listener: CallHomeListener, traffic: Traffic
+    ) -> None:
         self._config = config
         self._wheel = wheel
         self._clock = clock
         self._listener = listener
+        self._traffic = traffic
         self._pools: dict[tuple[str, int], RequestPool] = {}
         self._dials = Scope("request dials")
         self._connects = asyncio.Semaphore(config.concurrent_connects)
@@ -45,7 +48,8 @@ class CompatibleClient:
     async def start(cls, config: TcpConfig, host: PlaneHost) -> "CompatibleClient":
         """Open the listener for answers. Raises `ConnectFailed` for an address that cannot be bound."""
         listener = await CallHomeListener.listen(config, host)
-        return cls(config=config, wheel=host.wheel, clock=host.clock, listener=listener)
+        listener.traffic = host.traffic
+        return cls(config=config, wheel=host.wheel, clock=host.clock, listener=listener, traffic=host.traffic)
 
     @property
     def call_home_address(self) -> str:
@@ -72,7 +76,11 @@ class CompatibleClient:
         line = pool.line()
         if line is None:
             async with while_wanted(inbox):
-                line = await pool.wait(instance)
+                try:
+                    line = await pool.wait(instance)
+                except StatorError:
+                    self._traffic.failed += 1
+                    raise
         if inbox.ended:
             return
         # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
@@ -91,6 +99,7 @@ class CompatibleClient:
             assert isinstance(inbox, DuplexInbox)
             inbox.sender = sender
         inbox.advance(Phase.ACCEPT)
+        self._traffic.sent += len(frame)
         line.send(frame, stream)
 
     def forget(self, record: EndpointRecord) -> None:

@@ -87,7 +87,9 @@ class RequestLine(asyncio.Protocol):
             for text in self._parser.receive_data(data):
                 if not self._pending:
                     raise PeerProtocolError("an acknowledgement came without a request")
-                self._pending.popleft()[0].acknowledged(text)
+                stream = self._pending.popleft()[0]
+                stream.home.traffic.received += len(text)
+                stream.acknowledged(text)
         except PeerProtocolError as error:
             logger.warning("request connection closed: %s", error)
             self.abort(Disconnected(f"the worker broke the protocol: {error.message}", phase="accept"))
@@ -110,6 +112,8 @@ class RequestLine(asyncio.Protocol):
         why = f"the connection ended before the request was acknowledged: {exc or 'closed by the worker'}"
         reason = self._reason or Disconnected(why)
         pending, self._pending = self._pending, deque()
+        if pending and self._home is not None:
+            self._home.traffic.failed += len(pending)
         for stream, _ in pending:
             stream.fail(type(reason)(reason.message, instance=stream.instance, phase="accept"))
         if self._reason is None and self._home is not None:
