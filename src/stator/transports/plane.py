@@ -207,6 +207,8 @@ class PlaneHost(msgspec.Struct, frozen=True, kw_only=True):
     random: Random
     observer: InstanceObserver | None
     traffic: Traffic = msgspec.field(default_factory=Traffic)
+    input_timeout: float | None = 300.0
+    """seconds a handler waits for the next input of a bidirectional request; None: for ever"""
     overrides: Mapping[str, Any] = {}
     """settings given as arguments, by `section.field`"""
 

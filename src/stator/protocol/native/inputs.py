@@ -88,15 +88,14 @@ class InputReader(Incoming):
 
     def input_frame(self, flags: int, count: int, payload: bytes) -> None:
         """An ITEMS frame. Raises `PeerProtocolError` for one behind the end; those behind a stop are dropped."""
-        if self.receiver.ended and not self._done:
-            return
         if self._done:
             raise PeerProtocolError(f"stream {self.number} has inputs behind their end")
-        self.items(flags, count, payload)
+        if not self.receiver.ended:
+            self.items(flags, count, payload)
         if flags & LAST:
-            self.finish()
+            self.end()
 
-    def finish(self) -> None:
+    def end(self) -> None:
         """The inputs are complete."""
         if self._done:
             raise PeerProtocolError(f"the inputs of stream {self.number} ended twice")

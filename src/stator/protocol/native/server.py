@@ -12,19 +12,20 @@ from stator.protocol.envelope import IncomingRequest
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.frames import CREDIT, END, ITEMS, KILL, MAX_PAYLOAD, MORE, OPEN, QUEUED, REFUSE, STOP, frame
 from stator.protocol.native.hello import Goaway, Hello
+from stator.protocol.native.incoming import MOST_CREDIT, read_credit
+from stator.protocol.native.inputs import InputReader
 from stator.protocol.native.liveness import LivenessLimits
 from stator.protocol.native.outgoing import Sender
 from stator.protocol.native.problem import encode_error
 from stator.protocol.native.session import Session
+from stator.protocol.stream import Receiver
 from stator.protocol.values import decode_value
 
 __all__ = ["ServerSession", "ServerStream"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_CREDIT = 2**32 - 1
 _OPENING = Struct(">IH")
-_CREDIT = Struct(">I")
 _Head = tuple[str, str, dict[str, str], dict[str, str], float | None]
 _decode_head = msgspec.json.Decoder(_Head).decode
 
@@ -48,13 +49,15 @@ class Sink(Protocol):
 class ServerStream(Sender):
     """One request being answered. `accept`, `end` and `refuse` are the sans-IO half of a `Responder`."""
 
-    __slots__ = ("_session", "control", "dead")
+    __slots__ = ("_session", "control", "dead", "inputs")
 
     def __init__(self, session: "ServerSession", number: int, credit: int) -> None:
         super().__init__(session.outgoing, number, credit)
         self.control: Control | None = None
         self.dead = False
         """nothing more leaves: ended, refused, killed or cut"""
+        self.inputs: InputReader | None = None
+        """a bidirectional request's, until it is over"""
         self._session = session
 
     def take_back_oversized(self) -> None:
@@ -65,6 +68,8 @@ class ServerStream(Sender):
 
     def accept(self) -> None:
         if not self.dead:
+            if self.inputs is not None:
+                self.inputs.open(self._session.budget.window())
             self.accepting = True
             if not self.queued:
                 self.queued = True
@@ -98,6 +103,7 @@ class ServerStream(Sender):
     def abandon(self) -> None:
         """Nobody listens any more: tell the handler."""
         self.dead = True
+        self._end_inputs()
         self.credited()
         if self.control is not None:
             self.control.kill()
@@ -105,6 +111,13 @@ class ServerStream(Sender):
     def _close(self) -> None:
         self.dead = True
         self._session.streams.pop(self.number, None)
+        self._end_inputs()
+
+    def _end_inputs(self) -> None:
+        inputs, self.inputs = self.inputs, None
+        if inputs is not None:
+            inputs.release(self._session.budget)
+            inputs.receiver.finish(Cancelled("the request has ended"))
 
 
 S = TypeVar("S", bound=ServerStream)
@@ -128,8 +141,14 @@ class _Arriving:
         return size
 
 
+def _plain_inputs(session: Session, number: int) -> InputReader:
+    return InputReader(session, number, Receiver())
+
+
 class ServerSession(Session):
-    """Streams of one connection, seen from the worker. `lookup(path)` finds the sink of an endpoint, `make` builds its responder."""
+    """Streams of one connection, seen from the worker. `lookup(path)` finds the sink of an endpoint, `make` builds its responder and
+    `make_inputs` what its inputs are read with, whose receiver is the body of a bidirectional request.
+    """
 
     def __init__(
         self,
@@ -143,15 +162,17 @@ class ServerSession(Session):
         budget: ByteBudget,
         lookup: Callable[[str], Sink | None],
         make: Callable[["ServerSession", int, int], ServerStream] = ServerStream,
+        make_inputs: Callable[[Session, int], InputReader] = _plain_inputs,
     ) -> None:
         super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted)
         self.streams: dict[int, ServerStream] = {}
         self.last = 0
         """the stream id taken last"""
         self.draining = False
-        self._budget = budget
+        self.budget = budget
         self._lookup = lookup
         self._make = make
+        self._make_inputs = make_inputs
         self._arriving: dict[int, _Arriving] = {}
 
     @property
@@ -164,13 +185,12 @@ class ServerSession(Session):
             return
         stream = self.streams.get(number)
         if kind == CREDIT:
-            if len(payload) != 4:
-                raise PeerProtocolError(f"CREDIT has {len(payload)} bytes instead of 4")
+            amount = read_credit(payload)
             if stream is not None:
-                stream.grant(_CREDIT.unpack(payload)[0])
-                if stream.credit > _MOST_CREDIT:
+                stream.grant(amount)
+                if stream.credit > MOST_CREDIT:
                     raise PeerProtocolError(
-                        f"stream {number} was granted {stream.credit} bytes in all, allowed are {_MOST_CREDIT}"
+                        f"stream {number} was granted {stream.credit} bytes in all, allowed are {MOST_CREDIT}"
                     )
         elif kind == KILL:
             if stream is not None:
@@ -180,7 +200,16 @@ class ServerSession(Session):
         elif kind == STOP:
             if stream is not None and stream.control is not None:
                 stream.control.stop()
-        elif kind not in (ITEMS, END):
+        elif kind == ITEMS:
+            if stream is not None and stream.inputs is not None:
+                stream.inputs.input_frame(flags, count, payload)
+        elif kind == END:
+            if stream is not None and stream.inputs is not None:
+                if payload:  # the caller could not make its inputs: as if killed
+                    stream.cancel()
+                else:
+                    stream.inputs.end()
+        else:
             self.unknown(kind, flags)
 
     def _open_frame(self, flags: int, number: int, payload: bytes) -> None:
@@ -209,9 +238,9 @@ class ServerSession(Session):
         if arriving.size + len(payload) > self.hello.limits.request + 2 * MAX_PAYLOAD:
             raise PeerProtocolError(f"request is larger than {self.hello.limits.request} bytes")
         try:
-            self._budget.take(len(payload))
+            self.budget.take(len(payload))
         except Overloaded as error:
-            self._budget.give(arriving.refuse())
+            self.budget.give(arriving.refuse())
             self.outgoing.control(frame(REFUSE, number, encode_error(error)))
             return
         arriving.parts.append(payload)
@@ -223,7 +252,7 @@ class ServerSession(Session):
 
     def _drop_arriving(self, number: int) -> _Arriving:
         arriving = self._arriving.pop(number)
-        self._budget.give(arriving.size)
+        self.budget.give(arriving.size)
         return arriving
 
     def _open(self, number: int, body: bytes | memoryview) -> None:
@@ -250,13 +279,17 @@ class ServerSession(Session):
                 raise Unavailable(f"unknown endpoint {path!r}")
             if self.draining:
                 raise Unavailable("the worker is draining")
+            streams_in = start == len(body)
+            if streams_in:
+                stream.inputs = self._make_inputs(self, number)
             request = IncomingRequest(
                 id=id,
-                body=self._read_value(sink, body, start),
+                body=self._read_value(sink, body, start) if stream.inputs is None else stream.inputs.receiver,
                 metadata=metadata,
                 headers=headers,
                 deadline=deadline,
                 size=len(body) - start,
+                streams_in=streams_in,
             )
             control = sink(request, stream)
         except StatorError as error:

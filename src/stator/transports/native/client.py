@@ -10,11 +10,14 @@ from stator.protocol.ids import endpoint_path
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.hello import Hello, Limits
 from stator.protocol.native.liveness import LivenessLimits
+from stator.protocol.native.session import Session
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.protocol.stream import Phase
 from stator.tasks import Scope
 from stator.transports.inbox import Inbox
+from stator.transports.inputs import DuplexInbox
 from stator.transports.native.config import NativeConfig
+from stator.transports.native.input_sender import NativeInputSender
 from stator.transports.native.line import Line, LineHost
 from stator.transports.native.pulse import PulseProbe
 from stator.transports.opening import while_wanted
@@ -82,7 +85,12 @@ class NativeClient:
             inbox.advance(Phase.ACCEPT)  # its limit begins now
         session = line.session
         assert session is not None  # the line is usable
-        inbox.link = session.open(endpoint_path(record.instance_id, record.endpoint), envelope, inbox)
+        path = endpoint_path(record.instance_id, record.endpoint)
+        if not envelope.streams_in:
+            inbox.link = session.open(path, envelope, inbox)
+            return
+        assert isinstance(inbox, DuplexInbox)
+        inbox.link = session.open(path, envelope, inbox, lambda session, number: _give_sender(inbox, session, number))
 
     def forget(self, record: EndpointRecord) -> None:
         native = record.stator
@@ -164,6 +172,12 @@ class NativeClient:
         self._all.discard(line)
         if self._lines.get(line.native.process) is line:
             del self._lines[line.native.process]
+
+
+def _give_sender(inbox: DuplexInbox, session: Session, number: int) -> NativeInputSender:
+    """What the inputs of a bidirectional request are sent through."""
+    inbox.sender = sender = NativeInputSender(session, number)
+    return sender
 
 
 def _check(line: Line, instance: int) -> None:

@@ -14,9 +14,12 @@ from stator.errors import ConnectFailed, Overloaded, StatorError
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.frames import GOAWAY, frame
 from stator.protocol.native.hello import VERSION, Goaway, Hello, Limits
+from stator.protocol.native.inputs import InputReader
 from stator.protocol.native.liveness import WORKER_LIMITS, Verdict
 from stator.protocol.native.server import ServerSession
+from stator.protocol.native.session import Session
 from stator.protocol.records import EndpointRecord, NativeAddress
+from stator.transports.inputs import InputStream
 from stator.transports.native.config import NativeConfig
 from stator.transports.native.connection import Connection
 from stator.transports.native.outbox import Outbox
@@ -145,6 +148,12 @@ class NativeServer:
 
     # -- connections
 
+    def _make_inputs(self, session: Session, number: int) -> InputReader:
+        """What the handler of a bidirectional request reads, and who fills it."""
+        inputs = InputStream(wheel=self._wheel, limit=self._host.input_timeout)
+        inputs.link = reader = InputReader(session, number, inputs)
+        return reader
+
     def _accept(self) -> asyncio.Protocol:
         if len(self._sessions) >= self._config.connections:
             return _Full(self._config.connections)
@@ -161,6 +170,7 @@ class NativeServer:
             budget=self._budget,
             lookup=self._sinks.get,
             make=Outbox,
+            make_inputs=self._make_inputs,
         )
         if self._draining:
             session.drain()
