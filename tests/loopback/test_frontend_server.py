@@ -12,7 +12,7 @@ from stator.errors import ConfigError
 from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, bind, create_app
 from stator.llm.output import EngineOutput
 from stator.tasks import SystemClock
-from stator.telemetry import MetricRegistry
+from stator.telemetry import MetricSet
 from stator.testing.fake_models import EngineCall, FakeEngine, FakeModels
 from stator.testing.frontend_kit import RawClient, RunningFrontend, chat_body, events_of, frontend
 
@@ -28,7 +28,8 @@ def echo_models() -> FakeModels:
 
 
 def server_on(config: FrontendConfig, **options: object) -> FrontendServer:
-    app = create_app(echo_models(), config=config, metrics=FrontendMetrics(MetricRegistry()), clock=SystemClock())
+    clock = SystemClock()
+    app = create_app(echo_models(), config=config, metrics=FrontendMetrics(MetricSet(), clock), clock=clock)
     return FrontendServer(app, config=config, **options)  # type: ignore[arg-type]  # passed through
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from stator.errors import Overloaded, StreamIncomplete
-from stator.health import Activity, Canary, EndpointChange, EndpointState, HealthConfig, Probe, SystemHealth
+from stator.health import Activity, Canary, EndpointChange, EndpointState, HealthConfig, Probe, SystemHealth, canary_outcomes
 from stator.protocol.annotated import Annotated
 from stator.tasks import DeadlineWheel, Scope
-from stator.telemetry import MetricRegistry
+from stator.telemetry import MetricSet
 from stator.testing.manual_clock import ManualClock
 
 pytestmark = pytest.mark.timeout(60)
@@ -48,8 +48,8 @@ class Bench:
         self.health.subscribe(self.changes.append)
         self.wheel = DeadlineWheel(Untimed(), now=self.clock.monotonic, resolution=1.0)  # type: ignore[arg-type]  # all it uses
         self.scope = Scope("canaries", close_timeout=0.05)
-        self.registry = MetricRegistry()
-        options = {"config": CONFIG, "registry": self.registry, **options}
+        self.outcomes = canary_outcomes(MetricSet())
+        options = {"config": CONFIG, "outcomes": self.outcomes, **options}
         self.canary = Canary(target, health=self.health, probe=self.probe, wheel=self.wheel, scope=self.scope, **options)
 
     def probe(self, payload: Any, context_id: str) -> AsyncIterator[Any]:
@@ -80,11 +80,7 @@ class Bench:
         return self.health.state("generate")
 
     def counted(self) -> dict[str, float]:
-        family = self.registry.counters("stator_canary_probes_total", COUNTED, ("endpoint", "outcome"))
-        return {outcome: counter.value for (_, outcome), counter in family.series()}
-
-
-COUNTED = "Canary probes that ended or were given up, by outcome"
+        return {outcome: counter.value for (_, outcome), counter in self.outcomes.series()}
 
 
 async def good(payload: Any, context_id: str) -> AsyncIterator[Any]:

@@ -6,7 +6,6 @@ import pytest
 
 from stator.errors import UsageError
 from stator.health import EndpointChange, EndpointState, SystemHealth
-from stator.telemetry import MetricRegistry
 from stator.testing.manual_clock import ManualClock
 
 pytestmark = pytest.mark.timeout(10)
@@ -211,13 +210,3 @@ def test_it_says_why_when_nothing_can_make_it_ready() -> None:
     assert "not served" in listed.explain().obstacles[0].reason
     listed.add("generate")
     assert "no canary payload" in listed.explain().obstacles[0].reason
-
-
-def test_the_uptime_is_on_the_metrics_page() -> None:
-    clock = ManualClock()
-    registry = MetricRegistry({"worker_id": "6d16"})
-    health(clock).expose(registry)
-    clock.advance(1.5)
-    page = registry.exposition().decode()
-    assert "# HELP dynamo_component_uptime_seconds Total uptime of the DistributedRuntime in seconds" in page
-    assert 'dynamo_component_uptime_seconds{worker_id="6d16"} 1.5' in page

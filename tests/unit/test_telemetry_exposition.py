@@ -187,3 +187,30 @@ def test_wrong_names_are_refused(name: str, labels: tuple[str, ...], constant: t
 def test_wrong_buckets_are_refused(bounds: tuple[float, ...]) -> None:
     with pytest.raises(UsageError, match=r"metric x: bucket bounds .* must be finite and ascend"):
         MetricSet().histogram("x", "X", bounds)
+
+
+def test_series_beyond_the_limit_fall_into_one() -> None:
+    page = MetricSet()
+    errors = page.counters("errors_total", "Errors", ("kind",), limit=3)
+    for n in range(100):
+        errors.labels(f"k{n}").inc()
+    assert len(errors.series()) == 4
+    assert 'errors_total{kind="other"} 97' in page.exposition().decode().splitlines()
+    errors.labels("k0").inc()
+    assert errors.labels("k0") is errors.labels("k0")
+    assert 'errors_total{kind="k0"} 2' in page.exposition().decode().splitlines()
+    errors.remove("k0")
+    errors.remove("k0")
+    assert 'kind="k0"' not in page.exposition().decode()
+
+
+def test_a_series_needs_all_label_values() -> None:
+    with pytest.raises(UsageError, match=r"has the labels \('a', 'b'\), got 1 values"):
+        MetricSet().gauges("ok", "X", ("a", "b")).labels("1")
+
+
+def test_two_sets_do_not_mix() -> None:
+    first, second = MetricSet(), MetricSet()
+    first.counter("only_here_total", "X").inc()
+    assert second.exposition() == b""
+    assert "only_here_total 1" in first.exposition().decode()

@@ -10,7 +10,7 @@ from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, bin
 from stator.llm.directory import ModelDirectory
 from stator.runtime import Runtime
 from stator.tasks import Scope, SystemClock
-from stator.telemetry import MetricRegistry
+from stator.telemetry import MetricSet
 
 __all__ = ["frontend_config", "run_frontend"]
 
@@ -34,7 +34,9 @@ async def run_frontend(*, host: str | None, port: int | None, policy: str | None
         if supervised:
             scope.spawn(ended_with_supervisor(runtime.shutdown), name="supervisor")
         async with ModelDirectory.follow(runtime, clock=clock, policy=policy) as directory:
-            app = create_app(directory, config=config, metrics=FrontendMetrics(MetricRegistry()), clock=clock)
+            page = MetricSet()
+            page.on_exposition(lambda: runtime.metrics.exposition().decode())  # below its own part, as the reference has it
+            app = create_app(directory, config=config, metrics=FrontendMetrics(page, clock), clock=clock)
             async with FrontendServer(app, config=config, sock=bind(config, shared=supervised)) as server:
                 if supervised:
                     tell(NewsKind.READY, server.url)

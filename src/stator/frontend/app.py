@@ -1,5 +1,6 @@
 """The web application: routes over a `ModelSource`."""
 
+import asyncio
 from collections.abc import Callable
 from random import Random
 
@@ -44,9 +45,16 @@ def create_app(
     router.add_get("/live", service.live)
     router.add_get("/metrics", service.metrics)
 
+    metrics.follow(source.models)
+
+    async def begin(_: web.Application) -> None:
+        metrics.loop_delay.start(asyncio.get_running_loop())
+
     async def close(_: web.Application) -> None:
+        metrics.loop_delay.stop()
         await state.aclose()
 
+    app.on_startup.append(begin)
     app.on_cleanup.append(close)
     return app
 

@@ -9,13 +9,14 @@ import msgspec
 from stator.errors import StatorError
 from stator.frontend.chunks import Usage
 from stator.frontend.limit import Limit
+from stator.frontend.metrics import RequestMeter
 from stator.llm.output import EngineOutput
 from stator.llm.postprocess import Postprocessor, TextDelta
 from stator.llm.request import PreprocessedRequest
 from stator.llm.served import ServedModel, TokenStream
 from stator.tasks import DeadlineWheel, Scope
 
-__all__ = ["Choice", "Emit", "make_choices", "run", "total_usage"]
+__all__ = ["Calls", "Choice", "Emit", "make_choices", "run", "total_usage"]
 
 _SENTINEL_GRACE = 1.0
 """seconds that a worker has to end its stream after the item that said so"""
@@ -25,13 +26,14 @@ _SEEDS = 2**63
 class Choice:
     """One engine call. `index` is the choice's in the answer, `prompt` the number of its prompt."""
 
-    __slots__ = ("counted", "index", "post", "prompt", "request", "request_id")
+    __slots__ = ("counted", "index", "kind", "post", "prompt", "request", "request_id")
 
     def __init__(self, served: ServedModel, request: PreprocessedRequest, *, index: int, prompt: int, request_id: str) -> None:
         self.index = index
         self.prompt = prompt
         self.request = request
         self.request_id = request_id
+        self.kind = served.card.worker_type
         self.post = Postprocessor(served.preprocessor.tokenizer, request)
         self.counted = 0
 
@@ -71,15 +73,23 @@ def _nth(request: PreprocessedRequest, i: int) -> PreprocessedRequest:
     return msgspec.structs.replace(request, sampling_options=msgspec.structs.replace(sampling, n=None, best_of=None, seed=seed))
 
 
-async def run(
-    choices: Sequence[Choice], *, open_stream: Callable[[Choice], TokenStream], emit: Emit, wheel: DeadlineWheel
-) -> None:
+class Calls(msgspec.Struct, frozen=True, kw_only=True):
+    """What the calls of one request have in common."""
+
+    open_stream: Callable[[Choice], TokenStream]
+    emit: Emit
+    meter: RequestMeter
+    wheel: DeadlineWheel
+    now: Callable[[], float]
+
+
+async def run(choices: Sequence[Choice], calls: Calls) -> None:
     """Generate all choices to their end. The first failure or cancellation ends all: calls are killed at the worker."""
     if len(choices) == 1:
-        await _run_one(choices[0], open_stream, emit, wheel)
+        await _run_one(choices[0], calls)
         return
     async with Scope("choices") as scope:
-        tasks = [scope.spawn(_caught(_run_one(choice, open_stream, emit, wheel))) for choice in choices]
+        tasks = [scope.spawn(_caught(_run_one(choice, calls))) for choice in choices]
         for task in asyncio.as_completed(tasks):
             if (error := await task) is not None:
                 raise error
@@ -94,19 +104,31 @@ async def _caught(work: Awaitable[None]) -> Exception | None:
     return None
 
 
-async def _run_one(choice: Choice, open_stream: Callable[[Choice], TokenStream], emit: Emit, wheel: DeadlineWheel) -> None:
+async def _run_one(choice: Choice, calls: Calls) -> None:
     """Token path: one step per batch of items, whatever their number."""
-    post = choice.post
-    async with open_stream(choice) as stream:
-        batches = stream.batches()
-        async for batch in batches:
-            await emit(choice, post.push_many(batch))
-            if post.done:
-                if batch[-1].finish_reason is not None:
-                    await _await_end(batches, wheel)
-                return  # killed if it goes on
-    if (last := post.finish()) is not None:
-        await emit(choice, [last])
+    post, emit, now = choice.post, calls.emit, calls.now
+    sent, answered, in_text = now(), False, 0.0
+    try:
+        async with calls.open_stream(choice) as stream:
+            batches = stream.batches()
+            async for batch in batches:
+                begin = now()
+                if not answered:
+                    answered = True
+                    # Which worker it is, is not part of every stream; fakes have none.
+                    calls.meter.answered(getattr(stream, "instance_id", 0), choice.kind, begin - sent)
+                deltas = post.push_many(batch)
+                in_text += now() - begin
+                await emit(choice, deltas)
+                if post.done:
+                    if batch[-1].finish_reason is not None:
+                        await _await_end(batches, calls.wheel)
+                    return  # killed if it goes on
+        if (last := post.finish()) is not None:
+            await emit(choice, [last])
+    finally:
+        if answered:
+            calls.meter.detokenized(post.completion_tokens, in_text)
 
 
 async def _await_end(batches: AsyncIterator[list[EngineOutput]], wheel: DeadlineWheel) -> None:

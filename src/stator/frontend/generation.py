@@ -9,10 +9,11 @@ from aiohttp import web
 from stator.clock import Clock
 from stator.errors import StatorError
 from stator.frontend.boundary import describe_logged
-from stator.frontend.choices import Choice, make_choices, run, total_usage
+from stator.frontend.choices import Calls, Choice, Emit, make_choices, run, total_usage
 from stator.frontend.chunks import CHAT_SHAPE, TEXT_SHAPE, ChunkWriter, FinishedChoice, Shape
 from stator.frontend.errors import Failure, Rejected, model_not_found, render
 from stator.frontend.metrics import RequestMeter
+from stator.frontend.prompt_timing import PromptTiming
 from stator.frontend.sse import DONE, EventStream
 from stator.frontend.state import SERVER, TICKET, FrontendState
 from stator.frontend.ticket import Ticket, propagated_headers, request_metadata
@@ -93,28 +94,34 @@ class Generation:
 
         if not ticket.stream:
             collected = _Collected(choices, ticket.meter, state.clock)
-            await run(choices, open_stream=open_stream, emit=collected.emit, wheel=state.wheel)
+            await run(choices, self._calls(ticket.meter, open_stream, collected.emit))
             _count_cached(choices, ticket.meter)
             return web.Response(body=collected.answer(writer), content_type="application/json")
         return await self._stream(http, ticket, _Streamed(request, choices, writer, ticket.meter, state.clock), open_stream)
+
+    def _calls(self, meter: RequestMeter, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> Calls:
+        return Calls(open_stream=open_stream, emit=emit, meter=meter, wheel=self._state.wheel, now=self._state.clock.monotonic)
 
     async def _prepare(self, served: ServedModel, request: Request, ticket: Ticket, *, large: bool) -> list[Choice]:
         """Check what only the model can tell, tokenise, and number the choices."""
         api, state = self._api, self._state
         if api.model_type not in served.card.model_types:
             raise Rejected(_not_for(api, request.model))
-        preprocessor, n = served.preprocessor, request.n or 1
+        n = request.n or 1
         count = n * (len(request.prompts()) if isinstance(request, CompletionRequest) else 1)
         if count > state.config.max_choices:
             text = f"The request asks for {count} choices; {state.config.max_choices} are allowed."
             raise Rejected(Failure(status=400, message=text, param="n", code="too_many_choices"))
-        begin = state.clock.monotonic()
-        if large:
-            prompts = await asyncio.to_thread(_preprocess, preprocessor, request)
-        else:
-            prompts = _preprocess(preprocessor, request)
-        assert ticket.meter is not None
-        ticket.meter.prompt(sum(len(prompt.token_ids) for prompt in prompts), state.clock.monotonic() - begin)
+        meter, now = ticket.meter, state.clock.monotonic
+        assert meter is not None
+        timing = PromptTiming(served.preprocessor, now)
+        begin = now()
+        with meter.preparing():
+            if large:
+                prompts = await asyncio.to_thread(_preprocess, timing.preprocessor, request)
+            else:
+                prompts = _preprocess(timing.preprocessor, request)
+        meter.prompt(sum(len(prompt.token_ids) for prompt in prompts), now() - begin, timing)
         return make_choices(served, prompts, n=n, request_id=ticket.id)
 
     async def _stream(
@@ -127,7 +134,7 @@ class Generation:
             streamed.events = events
             error: Exception | None = None
             try:
-                await run(streamed.choices, open_stream=open_stream, emit=streamed.emit, wheel=state.wheel)
+                await run(streamed.choices, self._calls(streamed.meter, open_stream, streamed.emit))
             except asyncio.CancelledError as cancelled:
                 error = ticket.recover(cancelled)
             except Exception as failed:

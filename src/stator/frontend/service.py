@@ -58,5 +58,5 @@ async def live(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """`GET /metrics`: the Prometheus page of this process."""
-    page = request.app[STATE].metrics.registry.exposition()
+    page = request.app[STATE].metrics.page.exposition()
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE})

@@ -3,7 +3,7 @@
 The HTTP server that tells it is `stator.health.server`, which is only loaded where it is switched on.
 """
 
-from stator.health.canary import Canary, Probe, item_problem
+from stator.health.canary import Canary, Probe, canary_outcomes, item_problem
 from stator.health.config import HealthConfig
 from stator.health.engine_routes import EngineRoutes
 from stator.health.status import Activity, EndpointChange, EndpointState, Explanation, Obstacle, SystemHealth, Target
@@ -20,5 +20,6 @@ __all__ = [
     "Probe",
     "SystemHealth",
     "Target",
+    "canary_outcomes",
     "item_problem",
 ]

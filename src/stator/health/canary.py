@@ -15,9 +15,9 @@ from stator.health.config import HealthConfig
 from stator.health.status import Activity, EndpointState, SystemHealth, Target
 from stator.protocol.annotated import Annotated
 from stator.tasks import DeadlineWheel, Scope, Timed
-from stator.telemetry import MetricRegistry
+from stator.telemetry import Counter, Family, MetricSet
 
-__all__ = ["Canary", "Probe", "item_problem"]
+__all__ = ["Canary", "Probe", "canary_outcomes", "item_problem"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,12 @@ def item_problem(item: Any) -> str:
     if isinstance(item, Annotated) and item.event == "error":
         return f"error item: {'; '.join(item.comment) if item.comment else 'no message'}"
     return ""
+
+
+def canary_outcomes(metrics: MetricSet) -> Family[Counter]:
+    """What the canaries of a process count together: probes by endpoint and outcome. Raises `UsageError` if it is there already."""
+    help = "Canary probes that ended or were given up, by outcome"
+    return metrics.counters("stator_canary_probes_total", help, ("endpoint", "outcome"))
 
 
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +57,7 @@ class Canary:
     """Probes `target` through `probe` and tells `health`. `start` it when the endpoint takes requests, `stop` it before it closes.
 
     Time is the wheel's, which must be on the clock of `health`. Probes run in `scope`, one at a time; whoever closes the scope ends them.
-    `busy` says whether the endpoint's admission is full. `registry` counts `stator_canary_probes_total` by endpoint and outcome.
+    `busy` says whether the endpoint's admission is full. `outcomes` are made by `canary_outcomes`.
     """
 
     def __init__(
@@ -66,7 +72,7 @@ class Canary:
         busy: Callable[[], bool] = lambda: False,
         problem_of: Callable[[Any], str] = item_problem,
         new_id: Callable[[], str] | None = None,
-        registry: MetricRegistry | None = None,
+        outcomes: Family[Counter] | None = None,
     ) -> None:
         self.slot: set[Timed] | None = None
         self._target = target
@@ -85,8 +91,7 @@ class Canary:
         self._wait = config.canary_wait
         self._task: asyncio.Task[_Outcome] | None = None
         self._stopped = False
-        help = "Canary probes that ended or were given up, by outcome"
-        self._outcomes = (registry or MetricRegistry()).counters("stator_canary_probes_total", help, ("endpoint", "outcome"))
+        self._outcomes = outcomes if outcomes is not None else canary_outcomes(MetricSet())
 
     @property
     def probing(self) -> bool:

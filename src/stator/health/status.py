@@ -9,7 +9,6 @@ import msgspec
 
 from stator.clock import Clock
 from stator.errors import UsageError
-from stator.telemetry import MetricRegistry
 
 __all__ = ["Activity", "EndpointChange", "EndpointState", "Explanation", "Obstacle", "SystemHealth", "Target"]
 
@@ -246,11 +245,6 @@ class SystemHealth:
         endpoints = {name: entry.state.status for name, entry in self._endpoints.items()}
         page = {"status": self._status, "uptime": {"secs": secs, "nanos": nanos}, "endpoints": endpoints}
         return msgspec.json.encode(page)
-
-    def expose(self, registry: MetricRegistry) -> None:
-        """Put the uptime on the metrics page of `registry` (`spec/25 §5`)."""
-        help = "Total uptime of the DistributedRuntime in seconds"
-        registry.reading("dynamo_component_uptime_seconds", help, lambda: self.uptime)
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 

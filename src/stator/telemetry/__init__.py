@@ -1,10 +1,11 @@
 """What a process says about itself: metrics, log lines, trace context. Rooms declare their own names; none is known here."""
 
+from stator.telemetry.exposition import CONTENT_TYPE
 from stator.telemetry.hierarchy import IntCounter, IntGauge, MetricsLevel
 from stator.telemetry.logs import LogConfig, configure_logging, parse_levels
+from stator.telemetry.loop_delay import LoopDelay
 from stator.telemetry.metric import Counter, Family, Gauge, Histogram
 from stator.telemetry.metric_set import MetricSet
-from stator.telemetry.registry import CONTENT_TYPE, MetricRegistry
 from stator.telemetry.request_log import Outcome, RequestLog
 from stator.telemetry.trace import TraceContext, continue_trace, parse_traceparent
 from stator.telemetry.work_handler import RequestPlaneMetrics, WorkerProcessMetrics, WorkError, WorkHandlerMetrics
@@ -18,7 +19,7 @@ __all__ = [
     "IntCounter",
     "IntGauge",
     "LogConfig",
-    "MetricRegistry",
+    "LoopDelay",
     "MetricSet",
     "MetricsLevel",
     "Outcome",

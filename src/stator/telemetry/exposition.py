@@ -14,7 +14,22 @@ import msgspec
 from stator.errors import UsageError
 from stator.telemetry.metric import Counter, Family, Gauge, Histogram
 
-__all__ = ["Entry", "Kind", "MergedFamily", "Page", "Pairs", "encode", "join_texts", "label_text", "merge", "number_text"]
+__all__ = [
+    "CONTENT_TYPE",
+    "Entry",
+    "Kind",
+    "MergedFamily",
+    "Page",
+    "Pairs",
+    "encode",
+    "join_texts",
+    "label_text",
+    "merge",
+    "number_text",
+]
+
+CONTENT_TYPE = "text/plain; charset=utf-8"
+"""of every page, without a version, as the reference says it (`spec/30 §4`)"""
 
 Kind = Literal["counter", "gauge", "histogram"]
 Pairs = tuple[tuple[str, str], ...]

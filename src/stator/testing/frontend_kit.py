@@ -6,14 +6,24 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, create_app
 from stator.frontend.state import STATE, FrontendState
 from stator.llm.served import ModelSource
 from stator.tasks import SystemClock
-from stator.telemetry import MetricRegistry
+from stator.telemetry import MetricSet
 
-__all__ = ["Answer", "RawClient", "RunningFrontend", "chat_body", "events_of", "frontend"]
+__all__ = ["Answer", "RawClient", "RunningFrontend", "chat_body", "events_of", "frontend", "page_sample"]
+
+
+def page_sample(page: str, name: str, **labels: str) -> float:
+    """One value of a metrics page; 0.0 if there is none."""
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name == name and sample.labels == labels:
+                return sample.value
+    return 0.0
 
 
 class RunningFrontend:
@@ -27,11 +37,11 @@ class RunningFrontend:
 
     def metrics(self) -> str:
         """The page of `/metrics`."""
-        return self.state.metrics.registry.exposition().decode()
+        return self.state.metrics.page.exposition().decode()
 
     def sample(self, name: str, **labels: str) -> float:
         """One value of it; 0.0 if there is none."""
-        return self.state.metrics.registry.prometheus.get_sample_value(name, labels) or 0.0
+        return page_sample(self.metrics(), name, **labels)
 
     async def until_idle(self, seconds: float = 5.0) -> None:
         """Return when no request is being answered any more; `TimeoutError` otherwise."""
@@ -44,7 +54,8 @@ async def frontend(source: ModelSource, **settings: Any) -> AsyncGenerator[Runni
     """Serve `source` on a free port of loopback; `settings` are fields of `FrontendConfig`."""
     settings.setdefault("graceful_shutdown", 0.2)
     config = FrontendConfig(port=0, **settings)
-    app = create_app(source, config=config, metrics=FrontendMetrics(MetricRegistry()), clock=SystemClock())
+    clock = SystemClock()
+    app = create_app(source, config=config, metrics=FrontendMetrics(MetricSet(), clock), clock=clock)
     async with FrontendServer(app, config=config) as server:
         yield RunningFrontend(server, app[STATE])
 

@@ -1,0 +1,58 @@
+"""How long the two halves of preparing a prompt took: filling in the template, and tokenising."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+from stator.llm.preprocess import Preprocessor
+from stator.llm.template import ChatTemplate
+from stator.llm.tokenizer import Tokenizer
+
+__all__ = ["PromptTiming"]
+
+
+class PromptTiming:
+    """Times one request. `preprocessor` does what the given one does; use it from one thread at a time.
+
+    `template` and `tokenize` are in seconds, None if there was nothing of the kind to do.
+    """
+
+    __slots__ = ("_now", "preprocessor", "template", "tokenize")
+
+    def __init__(self, preprocessor: Preprocessor, now: Callable[[], float]) -> None:
+        self._now = now
+        self.template: float | None = None
+        self.tokenize: float | None = None
+        self.preprocessor = copy.copy(preprocessor)
+        self.preprocessor.tokenizer = cast("Tokenizer", _Timed(preprocessor.tokenizer, "encode", self._encoded, now))
+        if preprocessor.template is not None:
+            self.preprocessor.template = cast("ChatTemplate", _Timed(preprocessor.template, "render", self._rendered, now))
+
+    def _encoded(self, seconds: float) -> None:
+        self.tokenize = (self.tokenize or 0.0) + seconds
+
+    def _rendered(self, seconds: float) -> None:
+        self.template = (self.template or 0.0) + seconds
+
+
+class _Timed:
+    """An object one of whose methods is timed."""
+
+    __slots__ = ("_method", "_noted", "_now", "_object")
+
+    def __init__(self, object: Any, method: str, noted: Callable[[float], None], now: Callable[[], float]) -> None:
+        self._object = object
+        self._method = method
+        self._noted = noted
+        self._now = now
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._object, name)
+        return self._call if name == self._method else found
+
+    def _call(self, *arguments: Any, **named: Any) -> Any:
+        begin = self._now()
+        try:
+            return getattr(self._object, self._method)(*arguments, **named)
+        finally:
+            self._noted(self._now() - begin)
