@@ -136,14 +136,15 @@ class CompatibleServer:
         kind: Malformed = "invalid_message"
         try:
             header, data = decode_message(frame.payload)
+            _check_parts(header, data)
             kind = "deserialization"
             message = decode_control_message(header)
-            address = read_call_home(header)
-            request = _read_request(message, address, data, frame)
+            request = _read_request(message, data, frame)
+            kind = "response_stream"  # pyright: ignore[reportAssignmentType]  # `Malformed` is to have it
+            answer = self._answer(_home(header, message), message.codec, message.id)
         except StatorError:
             sink.malformed(len(frame.payload), kind)
             raise
-        answer = self._answer(address, message.codec, message.id)
         try:
             answer.controls(sink(request, answer))
         except StatorError:
@@ -184,12 +185,32 @@ class CompatibleServer:
         answer.start_dialling(self._dials, timeout=self._config.connect_timeout)
 
 
-def _read_request(message: ControlMessage, address: CallHomeAddress, data: Data, frame: RequestFrame) -> IncomingRequest:
-    """The envelope of a request. Raises `PeerProtocolError`, or `EngineError` for what is not served."""
+def _check_parts(header: bytes, data: Data) -> None:
+    """Raises `PeerProtocolError` if one is missing."""
+    if not header:
+        raise PeerProtocolError("the request has no control message")
+    if not data:
+        _check_unary(decode_control_message(header))
+        raise PeerProtocolError("the request is empty, which is not json")
+
+
+def _check_unary(message: ControlMessage) -> None:
+    """Raises `EngineError` for what is not served."""
     if message.streams_in:
         raise EngineError("bidirectional requests are not served here", kind="InvalidArgument")
+
+
+def _home(header: bytes, message: ControlMessage) -> CallHomeAddress:
+    """Where the answer goes. Raises `PeerProtocolError`."""
+    address = read_call_home(header)
     if address.context != message.id or address.stream_type != "response":
         raise PeerProtocolError("the request's connection info belongs to another request")
+    return address
+
+
+def _read_request(message: ControlMessage, data: Data, frame: RequestFrame) -> IncomingRequest:
+    """The envelope of a request. Raises `PeerProtocolError`, or `EngineError` for what is not served."""
+    _check_unary(message)
     return IncomingRequest(
         id=message.id,
         body=decode_value(data, message.codec),

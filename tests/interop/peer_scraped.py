@@ -1,0 +1,32 @@
+"""A worker of the reference whose page is read; run with the reference's own interpreter."""
+
+import asyncio
+import json
+import sys
+
+import uvloop
+from dynamo.runtime import dynamo_worker
+from scraped_handler import items
+
+
+async def generate(request, context):
+    async for item in items(request, context.is_stopped):
+        yield item
+
+
+def broken(request, context):
+    raise RuntimeError("not today")
+
+
+@dynamo_worker()
+async def main(runtime):
+    print(json.dumps({"ready": True}), flush=True)
+    await asyncio.gather(
+        runtime.endpoint("demo.backend.generate").serve_endpoint(generate, metrics_labels=[("model", "tiny")]),
+        runtime.endpoint("demo.backend.broken").serve_endpoint(broken),
+    )
+
+
+if __name__ == "__main__":
+    sys.stdin.close()
+    uvloop.run(main())
