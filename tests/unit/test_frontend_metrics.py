@@ -54,7 +54,8 @@ def test_first_flush_is_the_time_to_first_token() -> None:
     assert value(registry, "queued_requests", model="m") == 0
     assert value(registry, "time_to_first_token_seconds_sum", model="m") == 0.5
     assert value(registry, "output_tokens_total", model="m") == 3
-    assert value(registry, "inter_token_latency_seconds_count", model="m") == 0
+    assert value(registry, "inter_token_latency_seconds_count", model="m") == 2
+    assert value(registry, "inter_token_latency_seconds_sum", model="m") == 0
 
 
 def test_a_gap_is_shared_by_the_tokens_of_its_flush() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -18,7 +20,7 @@ from stator.frontend.sse import DONE, EventStream
 from stator.frontend.state import SERVER, TICKET, FrontendState
 from stator.frontend.ticket import Ticket, propagated_headers, request_metadata
 from stator.llm.card import ModelType
-from stator.llm.openai import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from stator.llm.openai import ChatRequest, CompletionRequest, InvalidRequest, parse_chat, parse_completion
 from stator.llm.postprocess import TextDelta
 from stator.llm.preprocess import Preprocessor
 from stator.llm.request import PreprocessedRequest
@@ -69,13 +71,13 @@ class Generation:
         state, api = self._state, self._api
         with state.bodies.reading(http, state.wheel) as body:
             data = await body.read()
-            request = api.parse(data)
-            ticket.model, ticket.stream = request.model, bool(request.stream)
-            served = state.source.get(request.model)
-            ticket.meter = state.metrics.begin(
-                model=served.name if served else "", endpoint=api.endpoint, stream=ticket.stream, now=ticket.began
-            )
-            if served is None:
+            try:
+                request = api.parse(data)
+            except InvalidRequest:
+                self._note_invalid(data, ticket)
+                raise
+            served = self._note(ticket, request.model, stream=bool(request.stream))
+            if served is None or ticket.meter is None:
                 raise Rejected(model_not_found(request.model))
             choices = await self._prepare(served, request, ticket, large=len(data) >= _LARGE)
             del data
@@ -98,6 +100,22 @@ class Generation:
             _count_cached(choices, ticket.meter)
             return web.Response(body=collected.answer(writer), content_type="application/json")
         return await self._stream(http, ticket, _Streamed(request, choices, writer, ticket.meter, state.clock), open_stream)
+
+    def _note(self, ticket: Ticket, model: str, *, stream: bool) -> ServedModel | None:
+        """Count a request from now on, as one for `model`; which that is."""
+        state = self._state
+        ticket.model, ticket.stream = model, stream
+        served = state.source.get(model)
+        name = served.name if served else ""
+        ticket.meter = state.metrics.begin(model=name, endpoint=self._api.endpoint, stream=stream, now=ticket.began)
+        return served
+
+    def _note_invalid(self, data: bytes, ticket: Ticket) -> None:
+        """A request that breaks a rule is counted if one can tell for which model it is; other bodies are not (`spec/30 §8.1`)."""
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            seen = msgspec.json.decode(data, type=_Glance)
+            if isinstance(seen.model, str):
+                self._note(ticket, seen.model, stream=seen.stream is True)
 
     def _calls(self, meter: RequestMeter, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> Calls:
         return Calls(open_stream=open_stream, emit=emit, meter=meter, wheel=self._state.wheel, now=self._state.clock.monotonic)
@@ -150,6 +168,13 @@ class Generation:
             else:
                 raise error
         return events.response
+
+
+class _Glance(msgspec.Struct):
+    """As much of a request as its count needs."""
+
+    model: Any = None
+    stream: Any = None
 
 
 class _Streamed:

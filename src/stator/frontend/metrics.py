@@ -222,7 +222,9 @@ class RequestMeter:
         self._metrics.stage_duration.labels("transport_roundtrip").observe(seconds)
 
     def flush(self, tokens: int, now: float) -> None:
-        """`tokens` new tokens arrived together. The gap since the flush before is shared evenly among them."""
+        """`tokens` new tokens arrived together. The gap since the flush before is shared evenly among them; there is none between
+        those of the first flush. An answer has one gap less than tokens.
+        """
         if tokens <= 0:
             return
         model = self._model
@@ -235,6 +237,8 @@ class RequestMeter:
             self.first_token = self.last_token = now
             if self._worker[0]:
                 self._metrics.last.first_token(*self._worker, prompt=self.input_tokens, seconds=now - self._begin)
+            if tokens > 1:
+                model.gap.observe(0.0, tokens - 1)
             return
         gap = (now - self.last_token) / tokens
         self.last_token = now

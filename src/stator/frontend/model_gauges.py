@@ -23,7 +23,7 @@ class CardGauges:
         self._context = gauges("context_length", "Maximum context length in tokens for a worker serving the model")
         self._block = gauges("kv_cache_block_size", "KV cache block size in tokens for a worker serving the model")
         self._migrations = gauges("migration_limit", "Maximum number of request migrations allowed for the model")
-        self._blocks = gauges("total_kv_blocks", "Total number of KV blocks available for a worker serving the model")
+        self._blocks = gauges("total_kv_blocks", "Total KV cache blocks available for a worker serving the model")
         self._sequences = gauges("max_num_seqs", "Maximum number of sequences for a worker serving the model")
         self._batched = gauges("max_num_batched_tokens", "Maximum number of batched tokens for a worker serving the model")
 

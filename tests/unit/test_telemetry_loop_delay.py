@@ -1,0 +1,46 @@
+"""The delay of the event loop: what is measured, what counts as a stall."""
+
+import asyncio
+
+from stator.telemetry import LoopDelay, MetricSet
+from stator.testing.frontend_kit import page_sample
+from stator.testing.manual_clock import ManualClock
+
+
+async def count_reaches(metrics: MetricSet, wanted: int) -> str:
+    """The page, once so many delays were measured."""
+    async with asyncio.timeout(10):
+        while page_sample(page := metrics.exposition().decode(), "x_event_loop_delay_seconds_count") < wanted:
+            await asyncio.sleep(0.001)
+    return page
+
+
+async def test_a_sleep_that_takes_longer_is_a_delay_and_a_long_one_a_stall() -> None:
+    metrics, clock = MetricSet(), ManualClock()
+    delay = LoopDelay(metrics, clock, prefix="x")
+    delay.start(asyncio.get_running_loop())
+    clock.advance(0.012)
+    page = await count_reaches(metrics, 1)
+    assert page_sample(page, "x_event_loop_delay_seconds_bucket", le="0.001") == 0
+    assert page_sample(page, "x_event_loop_delay_seconds_bucket", le="0.005") == 1
+    assert page_sample(page, "x_event_loop_stall_total") == 0
+    clock.advance(0.210)
+    page = await count_reaches(metrics, 2)
+    assert page_sample(page, "x_event_loop_delay_seconds_bucket", le="0.1") == 1
+    assert page_sample(page, "x_event_loop_delay_seconds_bucket", le="0.25") == 2
+    assert page_sample(page, "x_event_loop_stall_total") == 1
+    delay.stop()
+
+
+async def test_stopping_stops_and_starting_again_goes_on() -> None:
+    metrics, clock = MetricSet(), ManualClock()
+    delay = LoopDelay(metrics, clock, prefix="x")
+    delay.stop()
+    for wanted in (1, 2):
+        delay.start(asyncio.get_running_loop())
+        await count_reaches(metrics, wanted)
+        delay.stop()
+        delay.stop()
+        before = metrics.exposition()
+        await asyncio.sleep(0.03)  # three times what a sleep takes
+        assert metrics.exposition() == before
