@@ -26,7 +26,7 @@ async def items(request, is_stopped):
         while not is_stopped():
             yield number
             number += 1
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)  # long enough for whatever the caller does after an item
     elif mode == "deaf":  # goes on whatever its caller wants, for a while
         for number in range(200):
             yield number
