@@ -102,6 +102,7 @@ class Endpoint:
         device_type: str | None = None,
         metrics_labels: Sequence[tuple[str, str]] = (),
         canary_payload: Any = None,
+        bidirectional: bool = False,
     ) -> ServedEndpoint:
         """Begin to serve; the caller ends it (`ServedEndpoint.finish`). On return requests are taken and the record is listed.
 
@@ -111,11 +112,15 @@ class Endpoint:
 
         `metrics_labels` are put on each metric of its requests. `canary_payload` is the request that is sent in process when nobody
         else asked for a while (`health.canary`): while its answer is bad, the endpoint is not in discovery.
+
+        A `bidirectional` handler takes conversations (`Client.converse`) and nothing else: `handler(inputs, context)`, where `inputs` is an
+        async iterator that ends with the caller's inputs or when the conversation is stopped. Its `canary_payload` is the only input.
         """
         options = ServingOptions(
             device_type=device_type if device_type is not None else settings.device_type(),
             metrics_labels=metrics_labels,
             canary_payload=canary_payload,
+            bidirectional=bidirectional,
         )
         return await ServedEndpoint.start(self._services, self.id, generate_function(handler), options)
 

@@ -67,6 +67,10 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     prologue_timeout: Annotated[float | None, Setting(doc="wait for the handler to be called", unit="s", gt=0)] = 60.0
     first_item_timeout: Annotated[float | None, Setting(doc="wait for the first item", unit="s", gt=0)] = 300.0
     item_timeout: Annotated[float | None, Setting(doc="wait for each further item", unit="s", gt=0)] = 120.0
+    input_timeout: Annotated[
+        float | None,
+        Setting(doc="bidirectional requests: a handler's wait for an input, and a caller's wait to send one", unit="s", gt=0),
+    ] = 300.0
     request_timeout: Annotated[float | None, Setting(doc="longest time of a whole request", unit="s", gt=0)] = None
     instance_timeout: Annotated[
         float, Setting(doc="how long a request waits for an instance when there is none", unit="s", ge=0)
@@ -100,5 +104,6 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
             prologue=self.prologue_timeout,
             first_item=self.first_item_timeout,
             items=self.item_timeout,
+            input=self.input_timeout,
             total=self.request_timeout,
         )

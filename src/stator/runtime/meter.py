@@ -27,6 +27,10 @@ __all__ = ["EndpointMeter", "Outcome", "ProcessMeter"]
 Outcome = Literal["ok", "error", "cancelled", "refused"]
 
 
+_MOST_UNCOUNTED = 1024
+"""requests whose times are kept before they are counted"""
+
+
 class _Sending(Protocol):
     """A request being answered, as far as its bytes are concerned."""
 
@@ -46,8 +50,7 @@ class ProcessMeter:
         self._levels: dict[tuple[str, ...], MetricsLevel] = {(): root}
         self.traffic = Traffic()
         self._worker: WorkerProcessMetrics | None = None
-        self._calls: RequestPlaneMetrics | None = None
-        self._shown = Traffic()
+        self._calls: CallMeter | None = None
         self._received: Family[Counter] | None = None
         self._outcomes: Family[Counter] | None = None
 
@@ -70,19 +73,11 @@ class ProcessMeter:
         return self._worker
 
     @property
-    def calls(self) -> RequestPlaneMetrics:
+    def calls(self) -> "CallMeter":
         """What is counted of the requests this process sends; registered with its first client."""
         if self._calls is None:
-            self._calls = RequestPlaneMetrics(self.root)
-            self.root.on_update(self._show_traffic)
+            self._calls = CallMeter(self.root, self.traffic)
         return self._calls
-
-    def _show_traffic(self) -> None:
-        calls, now, shown = self.calls, self.traffic, self._shown
-        calls.tcp_sent(now.sent - shown.sent)
-        calls.tcp_received(now.received - shown.received)
-        calls.tcp_failed(now.failed - shown.failed)
-        self._shown = Traffic(sent=now.sent, received=now.received, failed=now.failed)
 
     def _show_admission(self) -> None:
         """A gauge per request would be work for each of them; the admission knows the numbers."""
@@ -109,28 +104,112 @@ class ProcessMeter:
         return self._outcomes.labels(str(endpoint), outcome)
 
 
+class CallMeter:
+    """What a process counts of the requests it sends: plain numbers too, that become metrics before each scrape."""
+
+    __slots__ = ("_metrics", "_shown", "_traffic", "answered", "open", "queued", "sent")
+
+    def __init__(self, root: MetricsLevel, traffic: Traffic) -> None:
+        self.open = 0
+        """attempts in flight"""
+        self.queued: list[float] = []
+        """seconds from the call to the sending of each attempt since the last `update`"""
+        self.sent: list[float] = []
+        """seconds until it was accepted"""
+        self.answered: list[float] = []
+        """seconds from its sending to the first item"""
+        self._metrics = RequestPlaneMetrics(root)
+        self._traffic = traffic
+        self._shown = Traffic()
+        root.on_update(self.update)
+
+    def attempt(self, waited: float) -> None:
+        """A request is about to be sent, so long after it was made."""
+        self.queued.append(waited)
+        if len(self.queued) >= _MOST_UNCOUNTED:
+            self.update()
+
+    def update(self) -> None:
+        """Make metrics of the numbers."""
+        metrics = self._metrics
+        metrics.inflight.set(self.open)
+        pairs = ((metrics.queued, self.queued), (metrics.sent, self.sent), (metrics.first_item, self.answered))
+        for observe, values in pairs:
+            for value in values:
+                observe(value)
+            values.clear()
+        now, shown = self._traffic, self._shown
+        metrics.tcp_sent(now.sent - shown.sent)
+        metrics.tcp_received(now.received - shown.received)
+        metrics.tcp_failed(now.failed - shown.failed)
+        self._shown = Traffic(sent=now.sent, received=now.received, failed=now.failed)
+
+
 class EndpointMeter:
-    """What one serving counts."""
+    """What one serving counts: plain numbers that the serving adds to, and that become metrics before each scrape (`update`)."""
+
+    __slots__ = (
+        "_arrived",
+        "_bytes_shown",
+        "_counters",
+        "_handler",
+        "_level",
+        "_running",
+        "_shown",
+        "_worker",
+        "bytes_ended",
+        "bytes_in",
+        "cancelled",
+        "durations",
+        "ended_cancelled",
+        "endpoint",
+        "entered",
+        "error",
+        "firsts",
+        "instance",
+        "log",
+        "now",
+        "ok",
+        "received",
+        "refused",
+        "wall",
+    )
 
     def __init__(
         self, process: ProcessMeter, endpoint: EndpointId, level: MetricsLevel, labels: Sequence[tuple[str, str]] = ()
     ) -> None:
         """Raises `UsageError` if the names or `labels` cannot be used; `level` is then to be removed."""
         self.now: Callable[[], float] = process.clock.monotonic
+        self.wall = process.clock.wall
         self.endpoint = endpoint
         self.instance = process.instance
         self.log = process.log
-        self.worker = process.worker
-        self.handler = WorkHandlerMetrics(level, labels)
-        self.received = process.received(endpoint)
-        self.ok = process.outcome(endpoint, "ok")
-        self.error = process.outcome(endpoint, "error")
-        self.cancelled = process.outcome(endpoint, "cancelled")
-        self.refused = process.outcome(endpoint, "refused")
-        self._process = process
-        self._level = level
+        self.received = 0
+        """requests that arrived"""
+        self.ok = 0
+        self.error = 0
+        self.cancelled = 0
+        self.refused = 0
+        self.entered = 0
+        """requests that got to the handler, or could not be read"""
+        self.bytes_in = 0
+        """bytes of those"""
+        self.bytes_ended = 0
+        """bytes of answers that have ended"""
+        self.ended_cancelled = 0
+        """requests that got to the handler and were cancelled"""
+        self.durations: list[float] = []
+        """seconds from slot to end, of requests that ended since the last `update`"""
+        self.firsts: list[float] = []
+        """seconds from slot to prologue, likewise"""
+        self._worker = process.worker
+        self._handler = handler = WorkHandlerMetrics(level, labels)
+        counters = {"received": process.received(endpoint)}
+        counters |= {each: process.outcome(endpoint, each) for each in ("ok", "error", "cancelled", "refused")}
+        self._counters = counters | handler.counters
+        self._shown = dict.fromkeys(self._counters, 0)
         self._bytes_shown = 0
-        self._bytes_ended = 0
+        self._level = level
         self._running: Callable[[], Iterable[_Sending]] = tuple
         level.on_update(self.update)
 
@@ -145,31 +224,56 @@ class EndpointMeter:
         self._running = running
 
     def update(self) -> None:
-        """Bring the bytes up to date; called before each scrape."""
-        self._show(self._bytes_ended + sum(each.sent_bytes for each in self._running()))
-
-    def sent(self, bytes: int) -> None:
-        """An answer of so many bytes has ended."""
-        self._bytes_ended += bytes
-
-    def _show(self, total: int) -> None:
+        """Make metrics of the numbers; called before each scrape, when many requests have ended, and at the end."""
+        for name, counter in self._counters.items():
+            now = getattr(self, name)
+            counter.value += now - self._shown[name]
+            self._shown[name] = now
+        for observe, values in ((self._handler.finished, self.durations), (self._worker.first_response, self.firsts)):
+            for value in values:
+                observe(value)
+            values.clear()
+        running = tuple(self._running())
+        self._handler.inflight.set(len(running))
+        total = self.bytes_ended + sum(each.sent_bytes for each in running)
         if total > self._bytes_shown:
-            self.handler.responded(total - self._bytes_shown)
+            self._handler.responded(total - self._bytes_shown)
             self._bytes_shown = total
 
-    def arrived(self, sent_ns: int) -> None:
+    def ended(self, seconds: float, bytes: int) -> None:
+        """A request that got to the handler has ended."""
+        self.bytes_ended += bytes
+        self.durations.append(seconds)
+        if len(self.durations) >= _MOST_UNCOUNTED:
+            self.update()
+
+    def sent(self, sent_ns: int) -> None:
         """A request says when it was sent."""
-        self.worker.arrived(sent_ns=sent_ns, received_ns=int(self._process.clock.wall() * 1e9))
+        self._worker.arrived(sent_ns=sent_ns, received_ns=int(self.wall() * 1e9))
+
+    def waited(self, seconds: float) -> None:
+        """A request got a slot after so long."""
+        self._worker.waited(seconds)
+
+    def rejected(self) -> None:
+        """A request found slots and queue full."""
+        self.refused += 1
+        self._worker.rejected()
+
+    def failed(self, kind: WorkError) -> None:
+        """A request failed outside of its handler's generator."""
+        self._handler.failed(kind)
 
     def malformed(self, size: int, kind: str) -> None:
         """A request could not be read."""
-        handler = self.handler
-        self.received.value += 1
-        self.error.value += 1
-        handler.received(size)
-        handler.failed(WorkError(kind))
-        handler.finished(0.0)
+        self.received += 1
+        self.error += 1
+        self.entered += 1
+        self.bytes_in += size
+        self.failed(WorkError(kind))
+        self.durations.append(0.0)
 
     def close(self) -> None:
-        """Off the page."""
+        """Off the page; what all servings of the endpoint count together stays."""
+        self.update()
         self._level.remove()

@@ -24,9 +24,9 @@ from stator.protocol.records import EndpointRecord
 from stator.protocol.stream import Phase
 from stator.routing import Attempts, Candidate, Policy, RouteRequest
 from stator.runtime.context import Context
+from stator.runtime.meter import CallMeter
 from stator.runtime.services import Services
 from stator.runtime.view import InstanceView
-from stator.telemetry import RequestPlaneMetrics
 from stator.transports.inbox import Inbox, Patience
 
 __all__ = ["ResponseStream", "Route"]
@@ -72,6 +72,7 @@ class ResponseStream:
         "_item_type",
         "_iterator",
         "_mark",
+        "_now",
         "_over",
         "_patience",
         "_route",
@@ -103,7 +104,8 @@ class ResponseStream:
         self._inbox: Inbox | None = None
         self._iterator: AsyncIterator[Any] | None = None
         self._calls = services.meter.calls
-        self._mark = services.wheel.now()
+        self._now = services.wheel.now
+        self._mark = self._now()
         self._deadline = 0.0
         self._entered = False
         self._stopped = False
@@ -230,13 +232,14 @@ class ResponseStream:
             try:
                 if self._context is not None:
                     self._context.subscribe(self._context_ended)
-                self._calls.queued(self._lap())
+                before, self._mark = self._mark, self._now()
+                self._calls.attempt(self._mark - before)
                 await self._services.network.open(record, self._envelope, inbox)
                 if self._stopped:
                     inbox.stop()
                 if inbox.phase < Phase.FIRST_ITEM:
                     await inbox.opened()
-                self._calls.sent(self._services.wheel.now() - self._mark)
+                self._calls.sent.append(self._now() - self._mark)
             except StatorError as error:
                 inbox.finish(error)
             except BaseException:
@@ -254,14 +257,9 @@ class ResponseStream:
             self._leave()
             cause = error
 
-    def _lap(self) -> float:
-        """Seconds since the request was made or sent before; counting begins again."""
-        before, self._mark = self._mark, self._services.wheel.now()
-        return self._mark - before
-
     def _arrived(self) -> None:
         """The first item is here."""
-        self._calls.first_item(self._lap())
+        self._calls.answered.append(self._now() - self._mark)
         self._mark = 0.0
 
     def _unsent(self) -> Inbox | None:
@@ -308,7 +306,7 @@ class ResponseStream:
             logger.debug("request %s cannot be tried elsewhere: %s", self.id, error)
             raise cause from None
         view.occupancy.acquire(candidate)
-        self._calls.inflight.inc()
+        self._calls.open += 1
         self._candidate = candidate
         return view.records[candidate.instance_id]
 
@@ -399,7 +397,7 @@ class ResponseStream:
         candidate, self._candidate = self._candidate, None
         if candidate is not None:
             self._view.occupancy.release(candidate)
-            self._calls.inflight.dec()
+            self._calls.open -= 1
 
     def _finish(self) -> None:
         """The request is over; the chosen instance stays known."""
@@ -412,11 +410,11 @@ class ResponseStream:
                 self._view.availability.mark_room(candidate.instance_id)
 
 
-def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None, calls: RequestPlaneMetrics) -> None:
+def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None, calls: CallMeter) -> None:
     inbox.kill()
     if candidate is not None:
         view.occupancy.release(candidate)
-        calls.inflight.dec()
+        calls.open -= 1
 
 
 _ENDED = Phase.ENDED

@@ -100,6 +100,7 @@ class Runtime:
                 random=random,
                 observer=ViewsObserver(views),
                 traffic=meter.traffic,
+                input_timeout=config.input_timeout,
                 overrides=sections,
             )
             stack.callback(meter.log.close)

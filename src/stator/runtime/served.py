@@ -27,9 +27,17 @@ _SAY_EVERY = 5.0
 class ServingOptions:
     """What may be said when an endpoint is served."""
 
-    __slots__ = ("canary_payload", "device_type", "metrics_labels")
+    __slots__ = ("bidirectional", "canary_payload", "device_type", "metrics_labels")
 
-    def __init__(self, *, device_type: str, metrics_labels: Sequence[tuple[str, str]] = (), canary_payload: Any = None) -> None:
+    def __init__(
+        self,
+        *,
+        device_type: str,
+        metrics_labels: Sequence[tuple[str, str]] = (),
+        canary_payload: Any = None,
+        bidirectional: bool = False,
+    ) -> None:
+        self.bidirectional = bidirectional
         self.device_type = device_type
         self.metrics_labels = metrics_labels
         self.canary_payload = canary_payload
@@ -76,7 +84,8 @@ class ServedEndpoint:
             )
         meter = _meter(services, endpoint, options)
         admission = services.meter.admission
-        served = cls(services, endpoint, Serving(generate, name=str(endpoint), admission=admission, meter=meter), meter)
+        serving = Serving(generate, name=str(endpoint), admission=admission, meter=meter, bidirectional=options.bidirectional)
+        served = cls(services, endpoint, serving, meter)
         services.served[path] = served
         record = EndpointRecord(
             component=endpoint.component,

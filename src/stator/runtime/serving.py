@@ -13,6 +13,7 @@ from stator.protocol.wire_errors import engine_error, to_wire
 from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.context import Context
 from stator.runtime.engine import Generate
+from stator.runtime.inputs import check_kind, end_with, only_input
 from stator.runtime.meter import EndpointMeter, Outcome
 from stator.tasks import Scope, SystemClock
 from stator.telemetry import WorkError
@@ -104,10 +105,20 @@ class Serving:
     """
 
     def __init__(
-        self, generate: Generate, *, name: str, admission: Admission | None = None, meter: EndpointMeter | None = None
+        self,
+        generate: Generate,
+        *,
+        name: str,
+        admission: Admission | None = None,
+        meter: EndpointMeter | None = None,
+        bidirectional: bool = False,
     ) -> None:
-        """`admission` is the process', `meter` the endpoint's; without them the default limits hold, and no page shows the counts."""
+        """`admission` is the process', `meter` the endpoint's; without them the default limits hold, and no page shows the counts.
+
+        A `bidirectional` handler is given an async iterator of inputs for a request, and gets no other requests.
+        """
         self._generate = generate
+        self._bidirectional = bidirectional
         self._name = name
         self._draining = False
         self._admission = admission or Admission(AdmissionConfig())
@@ -116,10 +127,8 @@ class Serving:
         self._requests = Scope(f"requests of {name}", close_timeout=_CLOSE_LIMIT)
         self._moved = asyncio.Event()
         self._meter.follow(self._sending)
-        self.answered = 0
-        """requests that ended well"""
         self._items_ended = 0
-        self.on_success: Callable[[], None] = _nothing
+        self.on_success: Callable[[], None] | None = None
         """told at each request that ended well"""
 
     @property
@@ -133,16 +142,20 @@ class Serving:
     @property
     def progress(self) -> int:
         """Grows with each item and each request that ends well; what the canary takes for life."""
-        return self.answered + self._items_ended + sum(context.responder.sent_items for context in self._sending())
+        return self._meter.ok + self._items_ended + sum(context.responder.sent_items for context in self._sending())
 
     def __call__(self, request: IncomingRequest, responder: Responder, /) -> _Running:
         """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
         meter = self._meter
-        meter.received.value += 1
+        meter.received += 1
         if self._draining:
-            meter.refused.value += 1
+            meter.refused += 1
             raise Unavailable(f"endpoint {self._name} is draining")
+        if request.streams_in or self._bidirectional:
+            self._check_kind(request)
         context = _Running(self, request, responder, meter.now())
+        if request.streams_in:
+            end_with(context, request.body)
         if request.deadline is not None:
             context.deadline = asyncio.get_running_loop().time() + request.deadline
         if self._admission.take():
@@ -151,6 +164,13 @@ class Serving:
         else:
             self._queue(context)
         return context
+
+    def _check_kind(self, request: IncomingRequest) -> None:
+        try:
+            check_kind(request, bidirectional=self._bidirectional, endpoint=self._name)
+        except StatorError:
+            self._meter.refused += 1
+            raise
 
     def malformed(self, size: int, kind: Malformed) -> None:
         """A request could not be read; its sender is told by the plane."""
@@ -162,8 +182,7 @@ class Serving:
         try:
             self._admission.wait(context)
         except Overloaded:
-            self._meter.worker.rejected()
-            self._meter.refused.value += 1
+            self._meter.rejected()
             raise
         self._waiting.add(context)
         context.responder.wait()
@@ -173,7 +192,7 @@ class Serving:
         self._waiting.discard(context)
         self._moved.set()
         context.began = self._meter.now()
-        self._meter.worker.waited(context.began - context.arrived)
+        self._meter.waited(context.began - context.arrived)
         self._spawn(context)
 
     def leave_queue(self, context: _Running) -> bool:
@@ -188,52 +207,57 @@ class Serving:
         context.task = self._requests.spawn(self._serve(context), name="request", about=context)
 
     async def _serve(self, context: _Running) -> None:
-        meter, request, responder = self._meter, context.request, context.responder
-        handler = meter.handler
-        handler.received(request.size)
-        if meter.log.debugging:
-            meter.log.received(request.id, meter.endpoint, meter.instance, request.headers)
-        if request.sent_ns:
-            meter.arrived(request.sent_ns)
+        """One request, from its slot to its end. What is inside the loop is the token path."""
+        meter, responder = self._meter, context.responder
+        self._enter(context)
         outcome: Outcome = "error"
         failure: StatorError | None = None
+        stream: AsyncIterator[Any] | None = None
         try:
-            with handler.inflight:
-                try:
-                    stream = self._generate(request.body, context)
-                except (Exception, SystemExit) as error:
-                    logger.warning("request %s of %s refused by its handler: %s", request.id, self._name, error)
-                    failure = _failure(error)
-                    responder.refuse(failure)
-                    handler.failed(WorkError.GENERATE)
-                    return
-                responder.accept()
-                context.first = now = meter.now()
-                meter.worker.first_response(now - context.began)
-                failure = await self._answer(stream, context)
-                responder.end(failure)
-                outcome = "cancelled" if context.is_stopped else "ok" if failure is None else "error"
-                if failure is not None:
-                    await self._close(stream, request.id)
+            try:
+                stream = self._generate(context.request.body, context)
+            except (Exception, SystemExit) as error:
+                failure = self._refused(context, error)
+                return
+            responder.accept()
+            context.first = now = meter.now()
+            meter.firsts.append(now - context.began)
+            try:
+                send = responder.send
+                async for item in stream:
+                    if not send(item):
+                        await responder.ready()
+                        if context.is_killed:  # and the handler did not let itself be cancelled
+                            failure = Cancelled("killed by the caller")
+                            break
+            except asyncio.CancelledError as error:
+                failure = self._cancelled(context, error)
+            except (Exception, SystemExit) as error:
+                failure = _failure(error)
+                logger.warning("request %s of %s failed in its handler", context.id, self._name, exc_info=error)
+            responder.end(failure)
+            outcome = "cancelled" if context.is_stopped else "ok" if failure is None else "error"
+            if failure is not None:
+                await self._close(stream, context.id)
         finally:
             self.account(context, outcome, failure, slot=True)
 
-    async def _answer(self, stream: AsyncIterator[Any], context: _Running) -> StatorError | None:
-        """The token path: every item to the responder. Returns why it ended early, or None."""
-        responder = context.responder
-        try:
-            send = responder.send
-            async for item in stream:
-                if not send(item):
-                    await responder.ready()
-                    if context.is_killed:  # and the handler did not let itself be cancelled
-                        return Cancelled("killed by the caller")
-        except asyncio.CancelledError as error:
-            return self._cancelled(context, error)
-        except (Exception, SystemExit) as error:
-            logger.warning("request %s of %s failed in its handler", context.id, self._name, exc_info=error)
-            return _failure(error)
-        return None
+    def _enter(self, context: _Running) -> None:
+        meter, request = self._meter, context.request
+        meter.entered += 1
+        meter.bytes_in += request.size
+        if request.sent_ns:
+            meter.sent(request.sent_ns)
+        if meter.log.debugging:
+            meter.log.received(request.id, meter.endpoint, meter.instance, request.headers)
+
+    def _refused(self, context: _Running, error: BaseException) -> StatorError:
+        """The handler could not even be called."""
+        logger.warning("request %s of %s refused by its handler: %s", context.id, self._name, error)
+        failure = _failure(error)
+        context.responder.refuse(failure)
+        self._meter.failed(WorkError.GENERATE)
+        return failure
 
     def account(self, context: _Running, outcome: Outcome, error: StatorError | None = None, *, slot: bool = False) -> None:
         """A request is over: count it, once, and let the next one have its `slot`."""
@@ -242,23 +266,23 @@ class Serving:
         context.over = True
         meter = self._meter
         if outcome == "ok":
-            meter.ok.value += 1
-            self.answered += 1
-            self.on_success()
+            meter.ok += 1
+            if self.on_success is not None:
+                self.on_success()
         elif outcome == "cancelled":
-            meter.cancelled.value += 1
+            meter.cancelled += 1
             if context.began:
                 self._count_cancelled(context)
         elif outcome == "error":
-            meter.error.value += 1
+            meter.error += 1
         else:
-            meter.refused.value += 1
+            meter.refused += 1
+        if context.began:
+            responder = context.responder
+            self._items_ended += responder.sent_items
+            meter.ended(meter.now() - context.began, responder.sent_bytes)
         if meter.log.enabled:
             self._log(context, outcome, error)
-        if context.began:
-            self._items_ended += context.responder.sent_items
-            meter.sent(context.responder.sent_bytes)
-            meter.handler.finished(meter.now() - context.began)
         if slot:
             self._admission.release()
 
@@ -283,14 +307,14 @@ class Serving:
         """As the reference does (`spec/30 §6`): what is still sent to a caller that left could not be published, too. After a stop the
         handler decides whether that is an item or the end alone; after a kill it is not asked any more.
         """
-        handler = self._meter.handler
+        meter = self._meter
         if context.unheard:
-            handler.failed(WorkError.RESPONSE_STREAM)
+            meter.failed(WorkError.RESPONSE_STREAM)
             return
-        handler.cancelled()
+        meter.ended_cancelled += 1
         if context.first:
             heeded = not context.is_killed and context.responder.sent_items <= context.sent_before_stop
-            handler.failed(WorkError.PUBLISH_FINAL if heeded else WorkError.PUBLISH_RESPONSE)
+            meter.failed(WorkError.PUBLISH_FINAL if heeded else WorkError.PUBLISH_RESPONSE)
 
     def _cancelled(self, context: Context, error: asyncio.CancelledError) -> StatorError:
         if context.is_killed:
@@ -329,7 +353,7 @@ class Serving:
 
     def probe(self, payload: Any, request_id: str) -> AsyncIterator[Any]:
         """Call the handler in process, beside admission and counts, as the canary does (`spec/25 §6`)."""
-        return self._generate(payload, Context(request_id))
+        return self._generate(only_input(payload) if self._bidirectional else payload, Context(request_id))
 
     def kill_all(self) -> None:
         """Kill what is still running; what has not started is refused."""
@@ -363,9 +387,6 @@ class Serving:
     def _refuse(self, context: _Running, *, slot: bool) -> None:
         context.responder.refuse(Unavailable(f"endpoint {self._name} shuts down"))
         self.account(context, "refused", slot=slot)
-
-
-def _nothing() -> None: ...
 
 
 def _shutdown() -> EngineError:
