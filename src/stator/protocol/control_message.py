@@ -23,6 +23,7 @@ __all__ = [
     "encode_control_message",
     "parse_address",
     "read_call_home",
+    "read_inputs_home",
 ]
 
 MAX_CONTROL_MESSAGE_SIZE = 131_072
@@ -113,12 +114,29 @@ def decode_control_message(data: bytes) -> ControlMessage:
 def read_call_home(data: bytes) -> CallHomeAddress:
     """Only where to answer, from a control message whose other fields may be unreadable (`spec/10 §11`, rule 3)."""
     try:
-        destination = _decode_destination(data).connection_info
-        if destination.transport != TCP_TRANSPORT:
-            raise PeerProtocolError(f"response transport {destination.transport!r} is not known, only {TCP_TRANSPORT} is")
-        return _decode_address(destination.info.encode())
+        return _read_address(_decode_destination(data).connection_info)
     except DECODE_ERRORS as error:
         raise PeerProtocolError(f"control message does not say where to answer: {error}") from error
+
+
+def read_inputs_home(message: ControlMessage) -> CallHomeAddress:
+    """Where the inputs of a bidirectional request are to be called for (`spec/10 §5`)."""
+    info = message.request_stream_connection_info
+    if info is msgspec.UNSET or info is None:
+        raise PeerProtocolError("a bidirectional request does not say where its inputs are")
+    try:
+        address = _read_address(info)
+    except DECODE_ERRORS as error:
+        raise PeerProtocolError(f"a bidirectional request does not say where its inputs are: {error}") from error
+    if address.context != message.id or address.stream_type != "request":
+        raise PeerProtocolError("the connection info of the inputs belongs to another request")
+    return address
+
+
+def _read_address(info: ConnectionInfo) -> CallHomeAddress:
+    if info.transport != TCP_TRANSPORT:
+        raise PeerProtocolError(f"response transport {info.transport!r} is not known, only {TCP_TRANSPORT} is")
+    return _decode_address(info.info.encode())
 
 
 @lru_cache(maxsize=4096)

@@ -80,6 +80,11 @@ class DuplexInbox(Inbox):
         self._input_limit = patience.input
         self._sending_since: float | None = None
 
+    @property
+    def wheel(self) -> DeadlineWheel:
+        """Where its deadlines are."""
+        return self._wheel
+
     def changed(self) -> None:
         if self.phase is _ENDED:
             sender, self.sender = self.sender, UNSENT
@@ -93,6 +98,8 @@ class DuplexInbox(Inbox):
         """
         if self._sending_since is not None:
             raise UsageError("inputs are sent by one task at a time; another one is waiting to send")
+        if not self.items:  # who took all and now sends is not waiting for more, and the handler may wait for room
+            self.link.taken()
         self._sending_since = self._wheel.now()
         try:
             await self.sender.ready()

@@ -10,13 +10,15 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ConnectFailed, PeerProtocolError, StatorError, Unavailable
+from stator.errors import Cancelled, ConnectFailed, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest, RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.protocol.stream import Phase
 from stator.protocol.values import decode_value, encode_json
 from stator.transports.inbox import Inbox
+from stator.transports.inputs import DuplexInbox, InputStream
+from stator.transports.memory_inputs import MemoryInputs
 from stator.transports.plane import PlaneHost, RequestControl, RequestSink
 
 __all__ = ["MemoryNetwork", "MemoryPlane"]
@@ -64,6 +66,7 @@ class _Stream:
         "_since_yield",
         "_unread",
         "_window",
+        "inputs",
         "sent_items",
     )
 
@@ -79,6 +82,8 @@ class _Stream:
         self._unread = 0
         self._since_yield = 0
         self._dead = False
+        self.inputs: MemoryInputs | None = None
+        """a bidirectional request's"""
         self.sent_items = 0
         self._bytes = 0
 
@@ -103,22 +108,30 @@ class _Stream:
         try:
             if sink is None:
                 raise Unavailable("no such endpoint", instance=self._inbox.instance)
-            try:
-                body = decode_value(envelope.payload, "json")
-            except StatorError:
-                sink.malformed(len(envelope.payload), "deserialization")
-                raise
             request = IncomingRequest(
                 id=envelope.id,
-                body=body,
+                body=self._read_value(envelope, sink) if self.inputs is None else self.inputs.stream,
                 metadata=dict(envelope.metadata),
                 headers=dict(envelope.headers),
                 deadline=envelope.deadline,
                 size=len(envelope.payload),
+                streams_in=envelope.streams_in,
             )
             self._control = sink(request, self)
         except StatorError as error:
             self.refuse(error)
+
+    def _read_value(self, envelope: RequestEnvelope, sink: RequestSink) -> Any:
+        try:
+            return decode_value(envelope.payload, "json")
+        except StatorError:
+            sink.malformed(len(envelope.payload), "deserialization")
+            raise
+
+    def give_inputs(self, inbox: DuplexInbox, timeout: float | None) -> None:
+        """The request is bidirectional."""
+        stream = InputStream(wheel=inbox.wheel, limit=timeout)
+        inbox.sender = self.inputs = MemoryInputs(stream, window=self._window, later=self._later)
 
     # -- Responder
 
@@ -134,6 +147,8 @@ class _Stream:
 
     def accept(self) -> None:
         self._later(self._inbox.accept)
+        if self.inputs is not None:
+            self._later(self.inputs.open)
 
     def refuse(self, error: StatorError) -> None:
         self.end(error)
@@ -168,15 +183,19 @@ class _Stream:
         if not self._dead:
             self._later(lambda: self._inbox.finish(error))
             self._later(self.forget)
+            self._later(self._end_inputs)
 
     # -- StreamLink
 
     def stop(self) -> None:
+        if self.inputs is not None:
+            self.inputs.close()
         self._later(lambda: self._control is not None and self._control.stop())
 
     def kill(self) -> None:
         self.forget()
         self._later(lambda: self._control is not None and self._control.kill())
+        self._later(self._end_inputs)
 
     def taken(self) -> None:
         self._unread = 0
@@ -200,6 +219,11 @@ class _Stream:
         self._inbox.cut(reason)
         if self._control is not None:
             self._control.kill()
+        self._end_inputs()
+
+    def _end_inputs(self) -> None:
+        if self.inputs is not None:
+            self.inputs.stream.finish(Cancelled("the request has ended"))
 
     def forget_instance(self, instance_id: int) -> None:
         if self._inbox.instance == instance_id and self._inbox.phase < Phase.FIRST_ITEM:
@@ -216,6 +240,8 @@ class MemoryPlane:
         self._sinks: dict[str, RequestSink] = {}
         self._draining = False
         self._address = network.attach(self)
+        self.input_timeout: float | None = 300.0
+        """seconds that a handler waits for an input"""
         self.served: set[_Stream] = set()
         self.opened: set[_Stream] = set()
 
@@ -227,6 +253,7 @@ class MemoryPlane:
 
     async def listen(self, host: PlaneHost) -> "MemoryPlane":
         """It listens from the start."""
+        self.input_timeout = host.input_timeout
         return self
 
     async def connect(self, host: PlaneHost) -> "MemoryPlane":
@@ -272,6 +299,9 @@ class MemoryPlane:
         peer.served.add(stream)
         self.opened.add(stream)
         inbox.link = stream
+        if envelope.streams_in:
+            assert isinstance(inbox, DuplexInbox)
+            stream.give_inputs(inbox, peer.input_timeout)
         inbox.advance(Phase.ACCEPT)
         stream.dispatch(envelope, peer.sink(path))
 

@@ -51,7 +51,7 @@ class RequestControl(Protocol):
         ...
 
 
-Malformed = Literal["deserialization", "invalid_message"]
+Malformed = Literal["deserialization", "invalid_message", "response_stream"]
 """what was wrong with a request (`spec/30 §6`)"""
 
 

@@ -15,6 +15,7 @@ from stator.protocol.response_stream import ResponseWriter
 from stator.tasks import DeadlineWheel, Scope
 from stator.tasks.wheel import Timed
 from stator.transports.plane import RequestControl
+from stator.transports.tcp.input_call import InputCall
 
 __all__ = ["Answer"]
 
@@ -64,6 +65,7 @@ class Answer(asyncio.Protocol):
         """its request waits for a slot; it is not dialled before it has one"""
         self._gone: Callable[[Answer], None] | None = gone
         self._control: RequestControl | None = None
+        self._inputs: InputCall | None = None
         self._transport: asyncio.Transport | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -79,6 +81,8 @@ class Answer(asyncio.Protocol):
 
     def start_dialling(self, scope: Scope, *, timeout: float) -> None:
         """Dial in a task of `scope`, for at most `timeout` seconds. A failure kills the request: nobody hears the answer."""
+        if self._inputs is not None:
+            self._inputs.start_dialling(scope, timeout=timeout)
         self._wheel.arm(self, self._wheel.now() + timeout)
         self._dialling = scope.spawn(self._dial())
         self._dialling.add_done_callback(self._dialled)
@@ -108,6 +112,10 @@ class Answer(asyncio.Protocol):
     def controls(self, control: RequestControl) -> None:
         """What to tell when the client stops or kills the request."""
         self._control = control
+
+    def reads(self, inputs: InputCall) -> None:
+        """The request is bidirectional: its inputs are called for as the answer is, and end with it."""
+        self._inputs = inputs
 
     # -- Responder
 
@@ -166,6 +174,7 @@ class Answer(asyncio.Protocol):
     def _end(self) -> None:
         self._ended = True
         self._wake()
+        self.end_inputs()
 
     # -- writing
 
@@ -214,8 +223,8 @@ class Answer(asyncio.Protocol):
         for wish in self._writer.receive_data(data):
             if wish is Control.KILL:
                 self.abort()
-            elif self._control is not None and not self._ended:
-                self._control.stop()
+            else:
+                self.stop()
 
     def eof_received(self) -> bool:
         """The client shut its side: it may still read (`spec/10 §3.8`) or be dead. Probes tell, if no write does before."""
@@ -258,6 +267,11 @@ class Answer(asyncio.Protocol):
 
     # -- ends
 
+    def stop(self) -> None:
+        """The client asks for a graceful end."""
+        if self._control is not None and not self._ended:
+            self._control.stop()
+
     def abort(self) -> None:
         """End without ceremony: the client wants nothing more, or this process closes."""
         self._kill()
@@ -273,8 +287,15 @@ class Answer(asyncio.Protocol):
             self._ended = True
             if self._control is not None:
                 self._control.kill()
+            self.end_inputs()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def end_inputs(self) -> None:
+        """The request is over, or was not taken: no inputs are wanted."""
+        inputs, self._inputs = self._inputs, None
+        if inputs is not None:
+            inputs.close()
 
     def _leave(self) -> None:
         """Nothing is left: let go of everything."""

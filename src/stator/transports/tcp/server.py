@@ -2,11 +2,19 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import msgspec
 
-from stator.errors import ConnectFailed, EngineError, Overloaded, PeerProtocolError, StatorError, Unavailable
-from stator.protocol.control_message import CallHomeAddress, ControlMessage, decode_control_message, read_call_home
+from stator.errors import ConnectFailed, Overloaded, PeerProtocolError, StatorError, Unavailable
+from stator.protocol.control_message import (
+    CallHomeAddress,
+    ControlMessage,
+    decode_control_message,
+    parse_address,
+    read_call_home,
+    read_inputs_home,
+)
 from stator.protocol.envelope import Codec, IncomingRequest
 from stator.protocol.partial import Data
 from stator.protocol.records import EndpointRecord, Transport
@@ -22,12 +30,14 @@ from stator.protocol.request_frame import (
 from stator.protocol.two_part import decode_message
 from stator.protocol.values import decode_value
 from stator.tasks import DeadlineWheel, Scope
+from stator.transports.inputs import InputStream
 from stator.transports.plane import Malformed, PlaneHost, RequestSink
 from stator.transports.tcp.address import join_host_port, numeric_host
 from stator.transports.tcp.answer import Answer
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import TRACE_HEADERS, read_deadline, read_sent_ns
+from stator.transports.tcp.input_call import InputCall
 from stator.transports.tcp.request_listener import RequestConnection
 
 __all__ = ["CompatibleServer"]
@@ -40,12 +50,14 @@ _BACKLOG = 1024
 class CompatibleServer:
     """`PlaneServer` of the compatible TCP plane. Made by `CompatibleServer.listen`."""
 
-    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel) -> None:
+    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel, input_timeout: float | None) -> None:
         self._config = config
+        self._input_timeout = input_timeout
         self._wheel = wheel
         self._sinks: dict[str, RequestSink] = {}
         self._connections: set[RequestConnection] = set()
         self._answers: set[Answer] = set()
+        self._calls: set[InputCall] = set()
         self._dials = Scope("call-home dials")
         self._listener: asyncio.Server | None = None
         self._address = ""
@@ -55,7 +67,7 @@ class CompatibleServer:
     async def listen(cls, config: TcpConfig, host: PlaneHost) -> "CompatibleServer":
         """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
         bound, advertised = await numeric_host(host.bind_host), await numeric_host(host.advertise_host)
-        server = cls(config=config, wheel=host.wheel)
+        server = cls(config=config, wheel=host.wheel, input_timeout=host.input_timeout)
         try:
             listener = await host.wheel.loop.create_server(server._accept, bound, config.port, backlog=_BACKLOG)
         except OSError as error:
@@ -72,7 +84,7 @@ class CompatibleServer:
     @property
     def open_streams(self) -> int:
         """Requests queued, being answered, or whose connection has not ended."""
-        return len(self._answers)
+        return len(self._answers) + len(self._calls)
 
     # -- PlaneServer
 
@@ -98,7 +110,7 @@ class CompatibleServer:
         for answer in tuple(self._answers):
             answer.abort()
         await self._dials.aclose()
-        await closed(listener, lambda: len(self._connections) + len(self._answers))
+        await closed(listener, lambda: len(self._connections) + len(self._answers) + len(self._calls))
 
     # -- requests
 
@@ -139,22 +151,36 @@ class CompatibleServer:
             _check_parts(header, data)
             kind = "deserialization"
             message = decode_control_message(header)
-            request = _read_request(message, data, frame)
-            kind = "response_stream"  # pyright: ignore[reportAssignmentType]  # `Malformed` is to have it
+            body = _read_body(message, data)
+            kind = "response_stream"
             answer = self._answer(_home(header, message), message.codec, message.id)
+            if message.streams_in:
+                body = self._call_for_inputs(message, answer)
         except StatorError:
             sink.malformed(len(frame.payload), kind)
             raise
         try:
-            answer.controls(sink(request, answer))
-        except StatorError:
-            raise
-        except Exception as error:  # a sink that is closing, or a bug in it: the connection carries other requests
+            answer.controls(sink(_request(message, body, frame), answer))
+        except Exception as error:
+            answer.end_inputs()
+            if isinstance(error, StatorError):
+                raise
+            # a sink that is closing, or a bug in it: the connection carries other requests
             logger.exception("request %s could not be started", message.id)
             raise StatorError(f"the request could not be started: {error}") from error
         self._answers.add(answer)
         if not answer.waiting:
             self._dial(answer)
+
+    def _call_for_inputs(self, message: ControlMessage, answer: Answer) -> InputStream:
+        """What the handler of a bidirectional request reads. Raises `PeerProtocolError`; nothing was made then."""
+        home = read_inputs_home(message)
+        parse_address(home.address)
+        inputs = InputStream(wheel=self._wheel, limit=self._input_timeout)
+        call = InputCall(home, codec=message.codec, inputs=inputs, request=answer, gone=self._calls.discard)
+        self._calls.add(call)
+        answer.reads(call)
+        return inputs
 
     def _refuse(self, frame: RequestFrame, error: StatorError) -> None:
         """Call home to say no, if it can be read where home is (`spec/10 §11`, rule 3)."""
@@ -189,15 +215,8 @@ def _check_parts(header: bytes, data: Data) -> None:
     """Raises `PeerProtocolError` if one is missing."""
     if not header:
         raise PeerProtocolError("the request has no control message")
-    if not data:
-        _check_unary(decode_control_message(header))
+    if not data and not decode_control_message(header).streams_in:
         raise PeerProtocolError("the request is empty, which is not json")
-
-
-def _check_unary(message: ControlMessage) -> None:
-    """Raises `EngineError` for what is not served."""
-    if message.streams_in:
-        raise EngineError("bidirectional requests are not served here", kind="InvalidArgument")
 
 
 def _home(header: bytes, message: ControlMessage) -> CallHomeAddress:
@@ -208,15 +227,24 @@ def _home(header: bytes, message: ControlMessage) -> CallHomeAddress:
     return address
 
 
-def _read_request(message: ControlMessage, data: Data, frame: RequestFrame) -> IncomingRequest:
-    """The envelope of a request. Raises `PeerProtocolError`, or `EngineError` for what is not served."""
-    _check_unary(message)
+def _read_body(message: ControlMessage, data: Data) -> Any:
+    """The request's value; None for a bidirectional one, which has none. Raises `PeerProtocolError`."""
+    if not message.streams_in:
+        return decode_value(data, message.codec)
+    if data:
+        raise PeerProtocolError("a bidirectional request has a value of its own")
+    return None
+
+
+def _request(message: ControlMessage, body: Any, frame: RequestFrame) -> IncomingRequest:
+    """What the sink is given."""
     return IncomingRequest(
         id=message.id,
-        body=decode_value(data, message.codec),
+        body=body,
         metadata={} if message.metadata is msgspec.UNSET else message.metadata,
         headers={name: frame.headers[name] for name in TRACE_HEADERS if name in frame.headers},
         deadline=read_deadline(frame.headers),
         size=len(frame.payload),
         sent_ns=read_sent_ns(frame.headers),
+        streams_in=message.streams_in,
     )
