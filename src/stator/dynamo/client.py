@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from stator.dynamo.choices import RouterMode
 from stator.dynamo.context import Context
-from stator.dynamo.errors import InvalidType, InvalidValue, NotSendable, call_failed
+from stator.dynamo.errors import InvalidType, InvalidValue, NotSendable, call_failed, is_of_stream
 from stator.dynamo.membership import Membership
 from stator.dynamo.stream import AsyncResponseStream
 from stator.errors import StatorError, UsageError
@@ -85,6 +85,8 @@ class Client:
         except UsageError:
             raise
         except StatorError as error:
+            if is_of_stream(error):
+                return AsyncResponseStream(stream, annotated=bool(annotated), failure=error)
             ids = self.instance_ids()
             listed = bool(ids) if instance is None else instance in ids
             path = "/".join(self._client.endpoint.segments)

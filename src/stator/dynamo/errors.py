@@ -1,6 +1,7 @@
 """What callers of this room get, in the classes and words of the reference (`spec/10 §4.4`, `spec/20 §8`)."""
 
-from stator.errors import EngineError, StatorError, StreamIncomplete, Unavailable, UsageError
+from stator.errors import ConnectFailed, EngineError, StatorError, StreamIncomplete, Unavailable, UsageError
+from stator.protocol.stream import Phase
 from stator.protocol.wire_errors import to_wire
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "NotThere",
     "StreamFailed",
     "call_failed",
+    "is_of_stream",
     "stream_failed",
 ]
 
+_NOT_CALLED = "CannotConnect: Worker generate() failed before response stream: "
 _CUT = "Stream ended before generation completed"
 
 
@@ -53,7 +56,19 @@ def call_failed(error: StatorError, *, endpoint: str, listed: bool, wanted: int 
         return CallFailed(f"CannotConnect: instance_id={wanted} not found for endpoint {endpoint}", instance=wanted)
     if isinstance(error, Unavailable) and not listed:
         return CallFailed(f"Unavailable: No workers available for endpoint {endpoint}")
+    if error.phase == Phase.PROLOGUE.label and isinstance(error, EngineError):
+        return CallFailed(f"{_NOT_CALLED}Generate Error: {error.message}", instance=error.instance, phase=error.phase)
+    if error.phase == Phase.PROLOGUE.label and isinstance(error, ConnectFailed):
+        said = error.message.partition(": ")[2] or error.message
+        return CallFailed(f"{_NOT_CALLED}{said}", instance=error.instance, phase=error.phase)
     return CallFailed(_text(error), instance=error.instance, phase=error.phase)
+
+
+def is_of_stream(error: StatorError) -> bool:
+    """Whether `error` came after an instance had accepted the request: readers of the stream get it, not the caller."""
+    if isinstance(error, EngineError):
+        return error.phase != Phase.PROLOGUE.label
+    return error.phase in (Phase.FIRST_ITEM.label, Phase.ITEMS.label)
 
 
 def stream_failed(error: StatorError) -> StreamFailed:
@@ -67,6 +82,4 @@ def _text(error: StatorError) -> str:
     wire = to_wire(error)
     kind = wire.error_type
     name = kind if isinstance(kind, str) else f"Backend{kind.get('Backend', 'Unknown')}"
-    if isinstance(error, EngineError) and name == "BackendUnknown" and not error.message:
-        return f"{name}: unknown error"
     return f"{name}: {wire.message}"

@@ -9,6 +9,9 @@ import msgspec
 from stator.dynamo.context import Context
 from stator.dynamo.exceptions import EngineShutdown, HttpError, InvalidArgument
 from stator.dynamo.request_stream import PyAsyncRequestStream
+from stator.errors import EngineError
+from stator.protocol.stream import Phase
+from stator.protocol.wire_errors import engine_error
 from stator.runtime import Context as StatorContext
 
 __all__ = ["bidirectional", "unary"]
@@ -25,8 +28,12 @@ def unary(handler: Any) -> Generate:
     wants_context = _wants_context(handler)
 
     def generate(request: Any, context: StatorContext) -> AsyncIterator[Any]:
-        answer = handler(request, context=Context.of(context)) if wants_context else handler(request)
-        return _items(_checked(answer))
+        try:
+            answer = handler(request, context=Context.of(context)) if wants_context else handler(request)
+            _check(answer)
+        except Exception as error:
+            raise _not_called(error) from error
+        return _items(answer)
 
     return generate
 
@@ -48,12 +55,18 @@ def _wants_context(handler: Any) -> bool:
         return False
 
 
-def _checked(answer: Any) -> Any:
+def _check(answer: Any) -> None:
     if not hasattr(answer, "__anext__"):
         if inspect.iscoroutine(answer):
             answer.close()
         raise AttributeError(f"'{type(answer).__name__}' object has no attribute '__anext__'")
-    return answer
+
+
+def _not_called(error: Exception) -> EngineError:
+    """A handler that could not be called: its caller's call fails, as opposed to its stream. The phase says so on the native plane."""
+    known = engine_error(error)
+    kind = known.kind if isinstance(known, EngineError) else "Unknown"
+    return EngineError(f"{type(error).__name__}: {error}", kind=kind, phase=Phase.PROLOGUE.label)
 
 
 async def _items(answer: Any) -> AsyncIterator[Any]:

@@ -20,12 +20,14 @@ class AsyncResponseStream:
     Dropping it kills the request at its worker.
     """
 
-    __slots__ = ("_annotated", "_loop", "_over", "_stream")
+    __slots__ = ("_annotated", "_failure", "_loop", "_over", "_stream")
 
-    def __init__(self, stream: ResponseStream, *, annotated: bool) -> None:
+    def __init__(self, stream: ResponseStream, *, annotated: bool, failure: StatorError | None = None) -> None:
+        """`failure` is the error with which `stream` ended already, before its first item."""
         self._stream = stream
         self._annotated = annotated
         self._loop = asyncio.get_running_loop()
+        self._failure = failure
         self._over = False
 
     def __del__(self) -> None:
@@ -40,6 +42,10 @@ class AsyncResponseStream:
         """Token path. Cancelled: nothing was taken."""
         if self._over:
             raise StopAsyncIteration("Stream exhausted")
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._over = True
+            raise stream_failed(failure) from failure
         following = self._stream.__anext__
         try:
             while True:
