@@ -204,12 +204,12 @@ class Serving:
     # -- answering
 
     def _spawn(self, context: _Running) -> None:
+        self._enter(context)  # here and not in the task: one that is killed before its first step counts, too
         context.task = self._requests.spawn(self._serve(context), name="request", about=context)
 
     async def _serve(self, context: _Running) -> None:
         """One request, from its slot to its end. What is inside the loop is the token path."""
         meter, responder = self._meter, context.responder
-        self._enter(context)
         outcome: Outcome = "error"
         failure: StatorError | None = None
         stream: AsyncIterator[Any] | None = None

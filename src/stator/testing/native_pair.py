@@ -9,6 +9,7 @@ from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.client import ClientSession, ClientStream
 from stator.protocol.native.frames import FrameReader
 from stator.protocol.native.hello import Hello, Limits
+from stator.protocol.native.inputs import InputSender
 from stator.protocol.native.liveness import CLIENT_LIMITS, WORKER_LIMITS
 from stator.protocol.native.server import ServerSession, ServerStream
 from stator.protocol.native.session import Session
@@ -46,6 +47,8 @@ class Call:
 
     def stop(self) -> None:
         self.stopped = True
+        if self.request.streams_in:
+            self.request.body.finish()
 
     def kill(self) -> None:
         self.killed += 1
@@ -149,6 +152,11 @@ class NativePair:
         receiver = receiver or Receiver(instance=1)
         envelope = RequestEnvelope(id=id, payload=msgspec.json.encode(value))
         return self.client.open(path, envelope, receiver), receiver
+
+    def converse(self, *, receiver: Receiver | None = None, id: str = "request") -> ClientStream:
+        """Open a bidirectional stream; its `sender` has credit once the worker has accepted."""
+        envelope = RequestEnvelope(id=id, payload=b"", streams_in=True)
+        return self.client.open("1/generate", envelope, receiver or Receiver(instance=1), InputSender)
 
     def settle(self, *, now: float = 0.0) -> None:
         """Carry everything both ways until nothing moves."""

@@ -63,12 +63,14 @@ class PlanePair(msgspec.Struct, kw_only=True):
 class Caller:
     """Serves one handler and calls it, over a pair of planes."""
 
-    def __init__(self, pair: PlanePair, wheel: DeadlineWheel, handler: Handler, endpoint: str) -> None:
+    def __init__(
+        self, pair: PlanePair, wheel: DeadlineWheel, handler: Handler, endpoint: str, *, bidirectional: bool = False
+    ) -> None:
         self.pair = pair
         self.wheel = wheel
         self.contexts: list[Context] = []
         self.finished = 0
-        self.serving = Serving(self._observed(handler), name=f"test.backend.{endpoint}")
+        self.serving = Serving(self._observed(handler), name=f"test.backend.{endpoint}", bidirectional=bidirectional)
         path = endpoint_path(INSTANCE, endpoint)
         bare = EndpointRecord(
             component="backend",
