@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 from stator.clock import Clock
+from stator.health import canary_outcomes
 from stator.protocol.ids import EndpointId
 from stator.runtime.admission import Admission
 from stator.telemetry import (
@@ -53,6 +54,7 @@ class ProcessMeter:
         self._calls: CallMeter | None = None
         self._received: Family[Counter] | None = None
         self._outcomes: Family[Counter] | None = None
+        self._canaries: Family[Counter] | None = None
 
     def level(self, *names: str) -> MetricsLevel:
         """The level of a namespace, of a component in it, or of an endpoint of that: always the same one for the same names."""
@@ -78,6 +80,13 @@ class ProcessMeter:
         if self._calls is None:
             self._calls = CallMeter(self.root, self.traffic)
         return self._calls
+
+    @property
+    def canaries(self) -> Family[Counter]:
+        """What the canaries found, by endpoint and outcome; registered with the first one."""
+        if self._canaries is None:
+            self._canaries = canary_outcomes(self.root)
+        return self._canaries
 
     def _show_admission(self) -> None:
         """A gauge per request would be work for each of them; the admission knows the numbers."""

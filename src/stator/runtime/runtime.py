@@ -32,7 +32,7 @@ from stator.runtime.services import RequestIds, Services, ViewsObserver
 from stator.runtime.signals import shutdown_event
 from stator.runtime.view import InstanceView
 from stator.tasks import DeadlineWheel, Scope, SystemClock
-from stator.telemetry import MetricsLevel
+from stator.telemetry import LoopDelay, MetricsLevel
 from stator.transports.memory import MemoryNetwork, MemoryPlane
 from stator.transports.plane import PlaneHost
 
@@ -113,6 +113,9 @@ class Runtime:
             )
             uptime = meter.root.create_gauge("uptime_seconds", "Total uptime of the DistributedRuntime in seconds")
             meter.root.on_update(lambda: uptime.set(state.uptime))
+            delay = LoopDelay(meter.root, _LoopClock(wheel, clock), prefix="stator")
+            delay.start(wheel.loop)
+            stack.callback(delay.stop)
             engine_routes = EngineRoutes()
             status = None
             if health.port >= 0:

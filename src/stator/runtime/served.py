@@ -66,8 +66,9 @@ class ServedEndpoint:
             health=services.health,
             config=services.health_config,
             serving=serving,
-            admission=services.meter.admission,
+            meter=services.meter,
             wheel=services.wheel,
+            new_id=services.new_id,
             changed=self._health_changed,
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stator.health import Activity, Canary, EndpointChange, EndpointState, HealthConfig, SystemHealth
-from stator.runtime.admission import Admission
+from stator.runtime.meter import ProcessMeter
 from stator.runtime.serving import Serving
 from stator.tasks import DeadlineWheel, Scope
 from stator.tasks.wheel import Timed
@@ -53,16 +53,18 @@ class Wellbeing:
         health: SystemHealth,
         config: HealthConfig,
         serving: Serving,
-        admission: Admission,
+        meter: ProcessMeter,
         wheel: DeadlineWheel,
+        new_id: Callable[[], str],
         changed: Callable[[bool], None],
     ) -> None:
         self._name = name
         self._health = health
         self._config = config
         self._serving = serving
-        self._admission = admission
+        self._meter = meter
         self._wheel = wheel
+        self._new_id = new_id
         self._changed = changed
         self._scope = Scope(f"canary of {name}")
         self._canary: Canary | None = None
@@ -87,7 +89,9 @@ class Wellbeing:
             config=self._config,
             wheel=self._wheel,
             scope=self._scope,
-            busy=lambda: self._admission.full,
+            busy=lambda: self._meter.admission.full,
+            new_id=self._new_id,
+            outcomes=self._meter.canaries,
         )
         self._canary.start()
 
