@@ -39,6 +39,7 @@ from stator.protocol.native.frames import (
 )
 from stator.protocol.native.hello import Goaway, Hello, Limits, read_goaway
 from stator.runtime.context import Context
+from stator.testing.conversation_suite import Talker
 from stator.testing.native_pair import CLIENT_PROCESS, WORKER_PROCESS, NativePair
 from stator.testing.native_sockets import RawPeer, native_caller, native_record, raw_listener
 from stator.testing.plane_suite import INSTANCE, Caller, drain, endless, eventually
@@ -59,6 +60,11 @@ def body(*, head: bytes | None = None, payload: bytes = b"null", credit: int = 1
 
 def opening(number: int = 1, **changes: Any) -> bytes:
     return frame(OPEN, number, body(**changes))
+
+
+def conversing(number: int = 1) -> bytes:
+    """A bidirectional request: for an endpoint of its own, which takes nothing."""
+    return opening(number, head=msgspec.json.encode([f"{INSTANCE:x}/converse", "r1", {}, {}, None]), payload=b"")
 
 
 # What no worker takes, as one connection says it from its first byte. Each is (name, bytes, text in the reason).
@@ -99,6 +105,25 @@ TO_WORKER: list[tuple[str, bytes, str]] = [
     ("request above the limit", HELLO_CLIENT + frame(OPEN, 1, bytes(MAX_PAYLOAD), flags=MORE) * 30, "request is larger"),
     ("short credit", HELLO_CLIENT + opening() + frame(CREDIT, 1, b"123"), "CREDIT has 3 bytes"),
     ("too much credit", HELLO_CLIENT + opening() + frame(CREDIT, 1, b"\xff" * 4) * 3, "was granted"),
+    ("inputs not json", HELLO_CLIENT + conversing() + frame(ITEMS, 1, b"{\n", count=1), "is not JSON"),
+    ("inputs not utf-8", HELLO_CLIENT + conversing() + frame(ITEMS, 1, b'"\xff"\n', count=1), "is not JSON"),
+    ("inputs that lie", HELLO_CLIENT + conversing() + frame(ITEMS, 1, b"1\n", count=2), "announces 2 items"),
+    (
+        "input begun without credit",
+        HELLO_CLIENT + conversing() + frame(ITEMS, 1, b"1", flags=MORE),
+        "began an item without credit",
+    ),
+    (
+        "inputs behind their end",
+        HELLO_CLIENT + conversing() + frame(END, 1) + frame(ITEMS, 1, b"1\n", count=1),
+        "behind their end",
+    ),
+    ("two ends of inputs", HELLO_CLIENT + conversing() + frame(END, 1) * 2, "ended twice"),
+    (
+        "inputs without credit",
+        HELLO_CLIENT + conversing() + frame(ITEMS, 1, b" " * 65_000 + b"1\n", count=1) * 9,
+        "into a window",
+    ),
     ("accept from a client", HELLO_CLIENT + opening() + frame(ACCEPT, 1), "kind 3 there"),
     ("refuse from a client", HELLO_CLIENT + opening() + frame(REFUSE, 1, b"{}"), "kind 4 there"),
     ("stop on stream 0", HELLO_CLIENT + frame(STOP), "kind 8 there"),
@@ -131,6 +156,7 @@ TO_CLIENT: list[tuple[str, bytes, str]] = [
     ("more than the window", frame(ITEMS, 1, b" " * 65_000 + b"1\n", count=1) * 20, "into a window"),
     ("item without credit", (frame(ITEMS, 1, b" " * MAX_PAYLOAD, flags=MORE) + frame(ITEMS, 1, b"1\n", count=1)) * 9, "credit"),
     ("short ping", frame(PING, 0, b"1"), "PING has 1 bytes"),
+    ("open for inputs from a worker", conversing(), "kind 2 there"),
     ("pong on a stream", frame(PONG, 1, b"12345678"), "kind 11 there"),
 ]
 
@@ -146,6 +172,12 @@ async def counting(request: Any, context: Context) -> AsyncIterator[Any]:
         async for item in endless(request, context):
             yield item
     await asyncio.Event().wait()
+
+
+async def silent(inputs: Any, context: Context) -> AsyncIterator[Any]:
+    """Takes no input."""
+    await asyncio.Event().wait()
+    yield
 
 
 @asynccontextmanager
@@ -165,6 +197,7 @@ async def undisturbed(caller: Caller) -> AsyncGenerator[Inbox, None]:
 @pytest.mark.parametrize(("broken", "reason"), [case[1:] for case in TO_WORKER], ids=[case[0] for case in TO_WORKER])
 async def test_a_broken_client_is_told_and_cut(broken: bytes, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     async with native_caller(counting, config=CONFIG) as caller, undisturbed(caller):
+        talker = Talker(caller.pair, caller.wheel, silent, "converse")
         async with await RawPeer.connect(caller.record.stator.address) as peer:  # type: ignore[union-attr]
             with suppress(ConnectionError):  # it may be cut before it has said everything
                 await peer.say(broken)
@@ -172,6 +205,7 @@ async def test_a_broken_client_is_told_and_cut(broken: bytes, reason: str, caplo
         if len(broken) < AT_ONCE:
             goaway = read_goaway(next(each for each in said if each.kind == GOAWAY).payload)
             assert goaway.code == "protocol" and reason in goaway.reason
+        await eventually(lambda: talker.serving.inflight == 0, what="no conversation left")
         warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
         assert "native connection with" in warning and reason in warning
 
@@ -282,6 +316,12 @@ def client_dice(random: Random) -> Dice:
             lambda: frame(OPEN, number(), body(payload=b" " * MAX_PAYLOAD)[:MAX_PAYLOAD], flags=MORE),
             lambda: frame(OPEN, number(), b"1"),
             lambda: frame(CREDIT, number(), pack(">I", random.choice([0, 1, 65536, 2**32 - 1]))),
+            lambda: conversing(number()),
+            lambda: frame(ITEMS, number(), b'1\n{"a":[1,2]}\n', count=2),
+            lambda: frame(ITEMS, number(), b"1\n", count=1, flags=random.choice([0, 0, 0, LAST])),
+            lambda: frame(ITEMS, number(), b'"' + b"x" * random.randrange(3000) + b'"\n', count=1),
+            lambda: frame(ITEMS, number(), b" " * MAX_PAYLOAD, flags=MORE),
+            lambda: frame(END, number(), error_payload(random)),
             lambda: frame(STOP, number()),
             lambda: frame(KILL, number()),
             lambda: frame(PING, 0, b"12345678"),
@@ -306,6 +346,7 @@ def worker_dice(random: Random) -> Dice:
             ),
             lambda: frame(ITEMS, number(), b" " * MAX_PAYLOAD, flags=MORE),
             lambda: frame(ITEMS, number(), b"1\n", count=1),
+            lambda: frame(CREDIT, number(), pack(">I", random.choice([0, 1, 65536, 2**31, 2**32 - 1]))),
             lambda: frame(PING, 0, b"12345678"),
             lambda: frame(PONG, 0, b"12345678"),
             lambda: frame(GOAWAY, payload=Goaway(code=random.choice(["unavailable", "protocol"])).encode()),
@@ -327,27 +368,38 @@ def live(pair: NativePair, random: Random) -> None:
         if not call.stream.dead:
             if call.stream.credit > 0:
                 call.stream.push(b"1")
+            inputs = call.stream.inputs
+            if inputs is not None and random.random() < 0.5:
+                if not inputs._window:
+                    call.stream.accept()
+                call.request.body.items.clear()
+                inputs.taken()
             if random.random() < 0.1:
                 call.stream.end()
     pair.calls[:] = [call for call in pair.calls if not call.stream.dead]
     for link in list(pair.client.streams.values()):
         link.receiver.items.clear()
         link.taken()
+        if link.sender is not None and not link.sender.over and link.sender.credit > 0:
+            link.sender.put("x" * random.randrange(3000))
+            if random.random() < 0.05:
+                link.sender.end()
         if random.random() < 0.05:
             link.kill()
     while len(pair.client.streams) < 4 and len(pair.client.streams) + len(pair.client.killed) < 6:
-        pair.open(1)
+        pair.converse() if random.random() < 0.4 else pair.open(1)
     assert len(pair.client.outgoing.data_to_send()) < 1_000_000
     assert len(pair.server.outgoing.data_to_send()) < 2_000_000
 
 
 def check_bounds(pair: NativePair) -> None:
     assert pair.server.open_streams <= 2 * 6 and pair.client.open_streams <= 6
-    assert pair.server_budget.out <= 6 * (1_000_000 + 3 * MAX_PAYLOAD)
+    assert pair.server_budget.out <= 6 * (1_000_000 + 3 * MAX_PAYLOAD + pair.server.budget._most)
     assert pair.client_budget.out <= 6 * 16384
     for session in (pair.client, pair.server):
         assert session._reader.buffered < HEADER_SIZE + MAX_PAYLOAD
-    for link in pair.client.streams.values():
+    readers = [stream.inputs for stream in pair.server.streams.values() if stream.inputs is not None]
+    for link in (*pair.client.streams.values(), *readers):
         assert len(link._fragments or ()) * MAX_PAYLOAD <= 1_000_000 + MAX_PAYLOAD
 
 
