@@ -4,6 +4,7 @@ from stator.runtime.client import Client
 from stator.runtime.component import Component, Endpoint, Namespace
 from stator.runtime.config import RuntimeConfig
 from stator.runtime.context import Context
+from stator.runtime.conversation import Conversation
 from stator.runtime.engine import Engine, Operator, pipeline
 from stator.runtime.response import ResponseStream
 from stator.runtime.runtime import Runtime
@@ -14,6 +15,7 @@ __all__ = [
     "Client",
     "Component",
     "Context",
+    "Conversation",
     "Endpoint",
     "Engine",
     "Namespace",
