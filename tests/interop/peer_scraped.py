@@ -6,11 +6,16 @@ import sys
 
 import uvloop
 from dynamo.runtime import dynamo_worker
-from scraped_handler import items
+from scraped_handler import conversation, items
 
 
 async def generate(request, context):
     async for item in items(request, context.is_stopped):
+        yield item
+
+
+async def converse(inputs, context):
+    async for item in conversation(inputs):
         yield item
 
 
@@ -24,6 +29,7 @@ async def main(runtime):
     await asyncio.gather(
         runtime.endpoint("demo.backend.generate").serve_endpoint(generate, metrics_labels=[("model", "tiny")]),
         runtime.endpoint("demo.backend.broken").serve_endpoint(broken),
+        runtime.endpoint("demo.backend.converse").serve_bidirectional_endpoint(converse),
     )
 
 

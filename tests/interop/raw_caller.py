@@ -44,12 +44,9 @@ class Call:
     def say(self, word: str) -> None:
         self._writer.write(two_part(json.dumps(word).encode()))
 
-    def raw(self, data: bytes) -> None:
-        self._writer.write(data)
-
-    def shut(self) -> None:
-        """FIN of this direction."""
-        self._writer.write_eof()
+    def give(self, value: Any) -> None:
+        """One input."""
+        self._writer.write(two_part(data=json.dumps(value).encode()))
 
     def close(self) -> None:
         """FIN; a reset follows if the worker goes on writing."""
@@ -75,11 +72,14 @@ class RawCaller:
         """A worker calls."""
         self._open.append(writer)
         call = Call(reader, writer)
-        handshake, prologue = await call.frame(), await call.frame()
-        if handshake is not None:
-            expected = self._calls.get(json.loads(handshake[0])["subject"])
-            if expected is not None:
-                expected.set_result((call, prologue))
+        handshake = await call.frame()
+        if handshake is None:
+            return
+        said = json.loads(handshake[0])
+        prologue = await call.frame() if said["stream_type"] == "response" else None
+        expected = self._calls.get(said["subject"])
+        if expected is not None:
+            expected.set_result((call, prologue))
 
     def control(self, **changes: Any) -> dict[str, Any]:
         """A control message. `info` in `changes` are changes to where the answer is to go."""
@@ -106,6 +106,21 @@ class RawCaller:
         headers = {"x-frontend-send-ts-ns": "1"} if stamp else {}
         payload = two_part(json.dumps(control).encode(), json.dumps(request).encode())
         return await self.send(payload, headers=headers), subject
+
+    async def converse(self) -> tuple[Call, Call]:
+        """A bidirectional request in good order: the connections for inputs and for the answer."""
+        control = self.control(request_type="many_in")
+        answer = json.loads(control["connection_info"]["info"])
+        inputs = {**answer, "subject": f"{answer['subject']}-inputs", "stream_type": "request"}
+        control["request_stream_connection_info"] = {"transport": "tcp_server", "info": json.dumps(inputs)}
+        for each in (answer, inputs):
+            self._calls[each["subject"]] = asyncio.get_running_loop().create_future()
+        headers = {"x-frontend-send-ts-ns": "1"}
+        assert await self.send(two_part(json.dumps(control).encode()), headers=headers) == b""
+        taking, _ = await asyncio.wait_for(self._calls[inputs["subject"]], 10)
+        giving, prologue = await self.answer(answer["subject"])
+        assert prologue == {"error": None}, prologue
+        return taking, giving
 
     async def answer(self, subject: str) -> tuple[Call, dict[str, Any]]:
         """The worker's call for `subject`, and its prologue; nothing in it if the worker ended the connection before."""

@@ -42,3 +42,9 @@ async def items(request, is_stopped):
         yield "late"
     else:
         raise KeyError(mode)
+
+
+async def conversation(inputs):
+    """Says each of `inputs` again."""
+    async for item in inputs:
+        yield item

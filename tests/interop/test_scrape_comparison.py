@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
 from interop.raw_caller import RawCaller, raw_caller, two_part
-from interop.scraped_handler import items
+from interop.scraped_handler import conversation, items
 from stator.runtime import Context, Runtime
 
 pytestmark = [
@@ -296,10 +296,10 @@ async def refused_at_capacity(worker: Scraped) -> None:
             call.close()
 
 
-async def bad(worker: Scraped, payload: Callable[[RawCaller], bytes], times: int = 2) -> None:
-    """A request frame in order, with something else in it."""
-    async with worker.called() as caller:
-        for _ in range(times):
+async def bad(worker: Scraped, payload: Callable[[RawCaller], bytes], endpoint: str = "generate") -> None:
+    """Two request frames in order, with something else in them."""
+    async with worker.called(endpoint) as caller:
+        for _ in range(2):
             assert await caller.send(payload(caller)) == b""
         await asyncio.sleep(SOON)
 
@@ -396,11 +396,45 @@ async def many_in_for_a_unary_handler(worker: Scraped) -> None:
 @step
 async def a_conversation_with_a_unary_handler(worker: Scraped) -> None:
     def conversation(caller: RawCaller) -> bytes:
-        more = {"address": caller.address, "subject": "inputs", "context": "", "stream_type": "request"}
-        connection = {"transport": "tcp_server", "info": json.dumps(more)}
-        return told(caller, b"", request_type="many_in", request_stream_connection_info=connection)
+        control = caller.control(request_type="many_in")
+        more = {"address": caller.address, "subject": "inputs", "context": control["id"], "stream_type": "request"}
+        control["request_stream_connection_info"] = {"transport": "tcp_server", "info": json.dumps(more)}
+        return two_part(json.dumps(control).encode())
 
     await bad(worker, conversation)
+
+
+@step
+async def a_single_request_for_a_conversation(worker: Scraped) -> None:
+    await bad(worker, told, endpoint="converse")
+
+
+async def conversed(worker: Scraped, last_word: str) -> None:
+    async with worker.called("converse") as caller:
+        inputs, answer = await caller.converse()
+        for number in range(3):
+            inputs.give(number)
+            assert (await answer.take(1))[0]["data"] == {"data": number}
+        inputs.say(last_word)
+        await answer.take(10)
+        await asyncio.sleep(SOON)
+        for call in (inputs, answer):
+            call.close()
+
+
+@step
+async def a_conversation(worker: Scraped) -> None:
+    await conversed(worker, "sentinel")
+
+
+@step
+async def a_conversation_that_is_stopped(worker: Scraped) -> None:
+    await conversed(worker, "stop")
+
+
+@step
+async def a_conversation_that_is_killed(worker: Scraped) -> None:
+    await conversed(worker, "kill")
 
 
 @step
@@ -444,6 +478,11 @@ async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
         yield item
 
 
+async def converse(inputs: Any, context: Context) -> AsyncIterator[Any]:
+    async for item in conversation(inputs):
+        yield item
+
+
 def broken(request: Any, context: Context) -> AsyncIterator[Any]:
     raise RuntimeError("not today")
 
@@ -465,10 +504,11 @@ async def both(root: Path, port: int, ours: Path) -> AsyncIterator[tuple[Scraped
         endpoint = runtime.endpoint("demo.backend.generate")
         await stack.enter_async_context(endpoint.serving(handle, metrics_labels=[("model", "tiny")]))
         await stack.enter_async_context(runtime.endpoint("demo.backend.broken").serving(broken))
+        await stack.enter_async_context(runtime.endpoint("demo.backend.converse").serving(converse, bidirectional=True))
         assert runtime.status_url is not None
         workers = Scraped(root, f"http://127.0.0.1:{port}"), Scraped(ours, runtime.status_url)
         async with asyncio.timeout(30):
-            while len(await asyncio.to_thread(records_in, root)) < 2:
+            while len(await asyncio.to_thread(records_in, root)) < 3:
                 await asyncio.sleep(0.05)
         yield workers
 
@@ -501,6 +541,8 @@ _RESET = (
     {FINAL: ANY, RESPONSE: ANY, BYTES: ANY},
     f"{_KILLED[1]}; and a reset may overtake the kill, then it notices only when it sends the next item",
 )
+CANCELLED = "component_cancellation_total converse"
+_INPUTS = "it counts who cancels on the connection of the answer, as clients do, and not who does on that of the inputs; we count both"
 _GOES_ON = "we send what a handler still says after a stop (`spec/10 §4.2` allows both), it drops it"
 _UNREADABLE = (
     {INVALID: 2},
@@ -527,6 +569,11 @@ DIFFERENCES: dict[str, tuple[dict[str, float], str]] = {
     "a_short_payload": _UNREADABLE,
     "a_payload_of_noise": _UNREADABLE,
     "no_payload": _UNREADABLE,
+    "a_conversation_that_is_stopped": ({CANCELLED: 1}, _INPUTS),
+    "a_conversation_that_is_killed": (
+        {CANCELLED: 1, **{sample.replace("generate", "converse"): change for sample, change in _KILLED[0].items()}},
+        f"{_INPUTS}; and {_KILLED[1]}",
+    ),
     "many_in_for_a_unary_handler": (
         {BODY: 2, FIRST: -2, BYTES: -188},
         "it ignores the type of a request that has a value; we do not answer one value where many were announced",

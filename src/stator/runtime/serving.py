@@ -146,13 +146,13 @@ class Serving:
 
     def __call__(self, request: IncomingRequest, responder: Responder, /) -> _Running:
         """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
+        if request.streams_in or self._bidirectional:
+            self._check_kind(request)
         meter = self._meter
         meter.received += 1
         if self._draining:
             meter.refused += 1
             raise Unavailable(f"endpoint {self._name} is draining")
-        if request.streams_in or self._bidirectional:
-            self._check_kind(request)
         context = _Running(self, request, responder, meter.now())
         if request.streams_in:
             end_with(context, request.body)
@@ -169,7 +169,7 @@ class Serving:
         try:
             check_kind(request, bidirectional=self._bidirectional, endpoint=self._name)
         except StatorError:
-            self._meter.refused += 1
+            self.malformed(request.size, "invalid_message")  # as the reference counts it
             raise
 
     def malformed(self, size: int, kind: Malformed) -> None:
