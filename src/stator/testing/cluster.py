@@ -147,11 +147,17 @@ class Cluster:
         await self._ends.pop(runtime).aclose()
 
     async def worker(
-        self, handler: Handler | Engine = echo, *, endpoint: str = ENDPOINT, runtime: Runtime | None = None, **settings: Any
+        self,
+        handler: Handler | Engine = echo,
+        *,
+        endpoint: str = ENDPOINT,
+        runtime: Runtime | None = None,
+        bidirectional: bool = False,
+        **settings: Any,
     ) -> ClusterWorker:
         """Serve `handler`, in a new runtime unless one is given."""
         runtime = runtime or await self.join(**settings)
-        served = await runtime.endpoint(endpoint).start(handler)
+        served = await runtime.endpoint(endpoint).start(handler, bidirectional=bidirectional)
         worker = ClusterWorker(runtime, served)
         self.workers.append(worker)
         return worker
