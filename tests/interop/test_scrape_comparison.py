@@ -458,13 +458,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return discovery_root(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
-    """A free one: the reference reads it as a signed 16-bit number, so those that the system would choose are too high."""
+def free_port() -> int:
+    """The reference reads it as a signed 16-bit number, so those that the system would choose are too high."""
     for port in range(22_000 + os.getpid() % 10_000, 32_767):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise AssertionError("no free port")
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
 
 
 @pytest.fixture(scope="module")
@@ -624,7 +628,7 @@ QUEUE_CAPACITY = "dynamo_work_handler_queue_capacity"
 """It shows one less than wait, at least 1: one is in the hands of its dispatcher (`spec/10 §1.6`). We show how many wait."""
 
 
-async def test_the_pages_have_the_same_families_labels_and_buckets(tmp_path: Path, port: int) -> None:
+async def test_the_pages_have_the_same_families_labels_and_buckets(tmp_path: Path) -> None:
     """Before the first request, and after errors of every kind that both count."""
     kinds = (
         "unary",
@@ -637,8 +641,9 @@ async def test_the_pages_have_the_same_families_labels_and_buckets(tmp_path: Pat
     root, own = tmp_path / "theirs", tmp_path / "ours"
     root.mkdir()
     own.mkdir()
-    with peer("peer_scraped.py", root, DYN_SYSTEM_PORT=str(port + 1), **LIMITS):
-        async with both(root, port + 1, own) as (theirs, ours):
+    port = free_port()
+    with peer("peer_scraped.py", root, DYN_SYSTEM_PORT=str(port), **LIMITS):
+        async with both(root, port, own) as (theirs, ours):
             for steps in ((), kinds):
                 for name in steps:
                     await asyncio.gather(STEPS[name](theirs), STEPS[name](ours))
