@@ -222,7 +222,11 @@ async def test_ids_and_headers_travel(models: FakeModels, raw: RawClient) -> Non
     (call,) = engine.calls
     assert call.request_id == str(wanted)
     assert call.metadata == {"tenant": "blue"}
-    assert call.headers == {"x-request-id": "client-7", "traceparent": headers["traceparent"]}
+    assert call.headers.keys() == {"x-request-id", "traceparent"}
+    assert call.headers["x-request-id"] == "client-7"
+    theirs, ours = headers["traceparent"].split("-"), call.headers["traceparent"].split("-")
+    assert (ours[1], ours[3]) == (theirs[1], theirs[3])
+    assert ours[2] != theirs[2]  # the frontend's own span is the worker's parent
 
 
 @pytest.mark.parametrize("given", ["", "with space", "x" * 500, "ünï"])
@@ -293,15 +297,35 @@ async def test_metrics_of_a_stream(models: FakeModels, running: RunningFrontend,
         assert running.sample(f"dynamo_frontend_{name}", model="gated") == value, name
 
 
-async def test_one_log_line_per_request(raw: RawClient, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "stator.frontend"):
+async def test_one_log_line_per_request(running: RunningFrontend, raw: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "stator.request"):
+        running.state.log.refresh()
         await raw.request("POST", CHAT, chat_body("abc"), x_request_id="r-1")
         await raw.answer()
         await raw.request("POST", CHAT, chat_body("abc", model="no\nsuch"), x_request_id="r-2")
         await raw.answer()
+        await raw.request("GET", "/live")
+        await raw.answer()
+        await running.until_logged()
     facts = [(record.getMessage(), vars(record)) for record in caplog.records]
-    assert [message for message, _ in facts] == ["chat_completions"] * 2
+    assert [message for message, _ in facts] == ["http request completed"] * 2
     good, bad = facts[0][1], facts[1][1]
-    assert [good[name] for name in ("request_id", "status", "model", "output_tokens")] == ["r-1", "200", "echo", 3]
+    names = ("request_id", "outcome", "status", "endpoint", "model", "stream", "output_tokens", "method", "uri")
+    expected = ["r-1", "ok", 200, "chat_completions", "echo", False, 3, "POST", CHAT]
+    assert [good[name] for name in names] == expected
     assert 0 < good["ttft_ms"] <= good["duration_ms"]
-    assert [bad[name] for name in ("request_id", "status", "model", "error")] == ["r-2", "404", "no\nsuch", "model_not_found"]
+    assert good["input_tokens"] >= 3
+    names = ("request_id", "outcome", "status", "model", "error")
+    assert [bad[name] for name in names] == ["r-2", "error", 404, "no\\nsuch", "model_not_found"]
+
+
+async def test_other_routes_are_logged_for_debugging_only(
+    running: RunningFrontend, raw: RawClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", "stator.request"):
+        running.state.log.refresh()
+        await raw.request("GET", "/live")
+        await raw.answer()
+        await running.until_logged()
+    (line,) = (vars(record) for record in caplog.records)
+    assert (line["levelname"], line["method"], line["uri"], line["status"]) == ("DEBUG", "GET", "/live", 200)

@@ -6,6 +6,7 @@ import pytest
 
 from stator.errors import Unavailable
 from stator.frontend.ticket import Ticket, propagated_headers, request_metadata
+from stator.telemetry import TraceContext
 
 UUID_TEXT = "0b7f4c1e-3a52-4b8e-9a55-1f0c6e7d8a90"
 
@@ -33,7 +34,11 @@ def test_request_ids_that_cannot_be_shown_are_ignored(bad: str) -> None:
 
 def test_what_travels() -> None:
     headers = {"traceparent": "t", "x-request-id": "r", "cookie": "c", "X-Dynamo-Meta-Tenant": "blue", "x-dynamo-meta-": "no"}
-    assert propagated_headers(headers) == {"traceparent": "t", "x-request-id": "r"}
+    assert propagated_headers(headers, None) == {"x-request-id": "r"}  # no trace that could be continued
+    assert propagated_headers({"x-request-id": "x" * 300}, None) == {}
+    trace = TraceContext(trace_id="1" * 32, span_id="2" * 16, parent_id="3" * 16, state="s=1", request_id="r")
+    expected = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01", "tracestate": "s=1", "x-request-id": "r"}
+    assert propagated_headers(headers, trace) == expected
     assert request_metadata(headers) == {"tenant": "blue"}
 
 

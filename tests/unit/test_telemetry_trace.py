@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from stator.telemetry import TraceContext, parse_traceparent
+from stator.telemetry import TraceContext, continue_trace, outgoing_headers, parse_traceparent
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADER = f"00-{TRACE}-{SPAN}-01"
@@ -68,3 +68,25 @@ def test_ids_come_from_the_given_randomness_and_are_never_zero() -> None:
 
     assert TraceContext.new(Random(5)) == TraceContext.new(Random(5)) != TraceContext.new(Random(6))
     assert parse_traceparent(TraceContext.new(Zero()).traceparent) is not None
+
+
+def test_only_a_trace_that_is_there_is_continued() -> None:
+    assert continue_trace({}) is None
+    assert continue_trace({"x-request-id": "r", "tracestate": "a=1"}) is None
+    assert continue_trace({"traceparent": "garbage"}) is None
+    span = continue_trace({"traceparent": HEADER, "x-request-id": "r"}, Random(1))
+    assert span is not None
+    assert (span.trace_id, span.parent_id, span.request_id) == (TRACE, SPAN, "r")
+    other = continue_trace({"traceparent": HEADER})
+    assert other is not None and other.span_id not in (span.span_id, SPAN)
+
+
+def test_a_call_made_for_a_request_is_below_its_own_span() -> None:
+    received = {"traceparent": HEADER, "x-request-id": "r", "other": "kept"}
+    span = continue_trace(received)
+    assert span is not None
+    sent = outgoing_headers(received, span)
+    assert sent == {"traceparent": f"00-{TRACE}-{span.span_id}-01", "x-request-id": "r", "other": "kept"}
+    below = continue_trace(sent)
+    assert below is not None and (below.trace_id, below.parent_id) == (TRACE, span.span_id)
+    assert outgoing_headers(received, None) == received

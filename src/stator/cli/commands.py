@@ -19,7 +19,7 @@ from stator.cli.supervision import NewsKind, tell
 from stator.cli.worker import run_worker
 from stator.errors import StatorError, UsageError
 from stator.runtime.signals import run
-from stator.telemetry import LogConfig, configure_logging
+from stator.telemetry import LogConfig, TraceConfig, configure_logging, configure_tracing
 
 __all__ = ["app"]
 
@@ -76,8 +76,11 @@ def _main(work: Callable[[], Coroutine[Any, Any, int]], *, supervised: bool = Fa
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character the terminal cannot show is no reason to fail
+    end_tracing: Callable[[], None] = _nothing
     try:
-        configure_logging(settings.load(LogConfig))
+        logs = settings.load(LogConfig)
+        configure_logging(logs)
+        end_tracing = configure_tracing(settings.load(TraceConfig), logs, warn=not supervised)
         status = run(work())
     except StatorError as error:
         logger.debug("the command failed", exc_info=error)
@@ -89,7 +92,11 @@ def _main(work: Callable[[], Coroutine[Any, Any, int]], *, supervised: bool = Fa
         logger.exception("the command failed")
         _say_why(f"{type(error).__name__}: {error}", supervised=supervised)
         status = 1
+    end_tracing()
     sys.exit(status)
+
+
+def _nothing() -> None: ...
 
 
 def _say_why(reason: str, *, supervised: bool) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -93,16 +94,22 @@ def _from_aiohttp(request: web.Request, error: web.HTTPException) -> Failure:
 
 def _log(state: FrontendState, ticket: Ticket, request: web.Request, outcome: str) -> None:
     """One line per request to a model; the other routes only when debugging."""
-    level = logging.INFO if ticket.endpoint else logging.DEBUG
-    if not logger.isEnabledFor(level):
+    log = state.log
+    if not (log.enabled if ticket.endpoint else log.debugging):
         return
     now = state.clock.monotonic()
-    fields: dict[str, object] = {"request_id": ticket.shown_id, "status": outcome}
+    fields: dict[str, Any] = {"request_id": ticket.shown_id}
     if ticket.shown_id != ticket.id:
         fields["id"] = ticket.id
-    if ticket.endpoint:
-        fields |= {"model": ticket.model[:200], "stream": ticket.stream}
+    fields["outcome"] = "cancelled" if outcome == "cancelled" else "error" if ticket.failure else "ok"
+    if outcome != "cancelled":
+        fields["status"] = int(outcome)
     if ticket.failure is not None:
-        fields |= {"error": ticket.failure.code or ticket.failure.label}
-    fields |= ticket.meter.summary(now) if ticket.meter else {"duration_ms": round((now - ticket.began) * 1e3, 2)}
-    logger.log(level, "%s", ticket.endpoint or f"{request.method} {request.path}", extra=fields)
+        fields["error"] = ticket.failure.code or ticket.failure.label
+    if ticket.endpoint:
+        fields |= {"endpoint": ticket.endpoint, "model": ticket.model, "stream": ticket.stream}
+    fields |= ticket.meter.summary(now) if ticket.meter else {"duration_ms": round((now - ticket.began) * 1e3, 3)}
+    fields |= {"method": request.method, "uri": request.path}
+    level = logging.INFO if ticket.endpoint else logging.DEBUG
+    began = ticket.began if ticket.endpoint else 0.0
+    log.write("http request completed", fields, level=level, trace=ticket.trace, span="http-request", began=began)

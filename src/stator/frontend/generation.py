@@ -58,6 +58,7 @@ class Generation:
         """Answer one request. `boundary` answers what it raises; a client that leaves cancels it, which kills the calls."""
         ticket = http[TICKET]
         ticket.endpoint = self._api.endpoint
+        ticket.trace = self._state.log.trace_of(http.headers)
         self._state.admit(ticket)
         try:
             return await self._answer(http, ticket)
@@ -89,7 +90,8 @@ class Generation:
             choices=len(choices),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        metadata, headers = request_metadata(http.headers), propagated_headers(http.headers)
+        metadata = request_metadata(http.headers)
+        headers = propagated_headers(http.headers, ticket.trace)
 
         def open_stream(choice: Choice) -> TokenStream:
             return served.engine.generate(choice.request, request_id=choice.request_id, metadata=metadata, headers=headers)

@@ -16,6 +16,7 @@ from stator.frontend.metrics import FrontendMetrics
 from stator.frontend.ticket import Ticket
 from stator.llm.served import ModelSource
 from stator.tasks import DeadlineWheel, Scope
+from stator.telemetry import RequestLog
 
 __all__ = ["SERVER", "STATE", "TICKET", "FrontendState", "random_ids"]
 
@@ -37,6 +38,7 @@ class FrontendState:
         self.metrics = metrics
         self.clock = clock
         self.new_id = new_id
+        self.log = RequestLog(clock)
         self.scope = Scope("frontend")
         self.bodies = BodyReader(config)
         self.draining = False
@@ -55,6 +57,7 @@ class FrontendState:
         """End what belongs to no single request."""
         await self.scope.aclose()
         self.wheel.close()
+        self.log.close()
 
     def admit(self, ticket: Ticket) -> None:
         """Take one more request; `Overloaded` when there are too many. An id in use is replaced."""

@@ -8,18 +8,18 @@ from uuid import UUID
 from stator.errors import StatorError
 from stator.frontend.errors import Failure
 from stator.frontend.metrics import RequestMeter
+from stator.telemetry import TraceContext, request_id_of
 
 __all__ = ["Ticket", "propagated_headers", "request_metadata"]
 
 _SHOWABLE = re.compile(r"[!-~]{1,200}")
-_PROPAGATED = ("traceparent", "tracestate", "x-request-id")
 _METADATA = "x-dynamo-meta-"
 
 
 class Ticket:
     """Ids, place in the log, and the way to end a request from outside."""
 
-    __slots__ = ("_task", "aborted", "began", "endpoint", "failure", "id", "meter", "model", "shown_id", "stream")
+    __slots__ = ("_task", "aborted", "began", "endpoint", "failure", "id", "meter", "model", "shown_id", "stream", "trace")
 
     def __init__(self, headers: Mapping[str, str], *, new_id: Callable[[], str], now: float) -> None:
         wanted = headers.get("x-dynamo-request-id", "")
@@ -34,6 +34,7 @@ class Ticket:
         self.stream = False
         self.meter: RequestMeter | None = None
         self.failure: Failure | None = None
+        self.trace: TraceContext | None = None
         self.aborted: StatorError | None = None
         self._task: asyncio.Task[object] | None = None
 
@@ -68,9 +69,12 @@ def _canonical(text: str) -> str:
         return ""
 
 
-def propagated_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The trace headers and the client's request id, as they travel in the envelope (`spec/10 §9`)."""
-    return {name: headers[name] for name in _PROPAGATED if name in headers}
+def propagated_headers(headers: Mapping[str, str], trace: TraceContext | None) -> dict[str, str]:
+    """The trace and the client's request id, as they travel in the envelope (`spec/10 §9`): the worker's span is below `trace`."""
+    if trace is not None:
+        return trace.headers()
+    given = request_id_of(headers)
+    return {"x-request-id": given} if given else {}
 
 
 def request_metadata(headers: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from stator.telemetry.loop_delay import LoopDelay
 from stator.telemetry.metric import Counter, Family, Gauge, Histogram
 from stator.telemetry.metric_set import MetricSet
 from stator.telemetry.request_log import Outcome, RequestLog
-from stator.telemetry.trace import TraceContext, continue_trace, parse_traceparent
+from stator.telemetry.trace import TraceContext, continue_trace, outgoing_headers, parse_traceparent, request_id_of
+from stator.telemetry.tracing import TraceConfig, configure_tracing
 from stator.telemetry.work_handler import RequestPlaneMetrics, WorkerProcessMetrics, WorkError, WorkHandlerMetrics
 
 __all__ = [
@@ -25,12 +26,16 @@ __all__ = [
     "Outcome",
     "RequestLog",
     "RequestPlaneMetrics",
+    "TraceConfig",
     "TraceContext",
     "WorkError",
     "WorkHandlerMetrics",
     "WorkerProcessMetrics",
     "configure_logging",
+    "configure_tracing",
     "continue_trace",
+    "outgoing_headers",
     "parse_levels",
     "parse_traceparent",
+    "request_id_of",
 ]

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, tzinfo
+from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 from weakref import WeakMethod
 
@@ -28,6 +29,7 @@ __all__ = [
     "level_text",
     "on_configured",
     "parse_levels",
+    "tell_configured",
     "text_field",
 ]
 
@@ -88,6 +90,8 @@ class LogConfig(Config, frozen=True, kw_only=True):
             dyn_read=lambda text: "json" if text.lower() in ("1", "true", "on", "yes") else "text",
         ),
     ] = "text"
+    log_span_events: Annotated[bool, Setting(doc="has no effect, and says so", dyn="DYN_LOGGING_SPAN_EVENTS")] = False
+    log_config_path: Annotated[Path | None, Setting(doc="has no effect, and says so", dyn="DYN_LOGGING_CONFIG_PATH")] = None
     log_local_time: Annotated[bool, Setting(doc="local time with offset instead of UTC", dyn="DYN_LOG_USE_LOCAL_TZ")] = False
 
     def check(self) -> None:
@@ -135,14 +139,14 @@ def configure_logging(
     for target, level in levels.items():
         logging.getLogger(target).setLevel(level)
     logging.captureWarnings(True)
-    _tell()
+    tell_configured()
 
     def undo() -> None:
         logging.captureWarnings(False)
         root.handlers[:] = before_handlers
         for target, level in before_levels.items():
             logging.getLogger(target).setLevel(level)
-        _tell()
+        tell_configured()
 
     return undo
 
@@ -155,7 +159,8 @@ def on_configured(listener: Callable[[], None]) -> None:
     _listeners.append(WeakMethod(listener))
 
 
-def _tell() -> None:
+def tell_configured() -> None:
+    """Call the listeners of `on_configured`."""
     _listeners[:] = [one for one in _listeners if one() is not None]
     for one in _listeners:
         if (listener := one()) is not None:

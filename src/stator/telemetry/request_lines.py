@@ -15,7 +15,7 @@ from stator.protocol.ids import EndpointId
 from stator.telemetry.logs import JsonFormatter, TextFormatter, level_text, text_field
 from stator.telemetry.trace import TraceContext, continue_trace, request_id_of
 
-__all__ = ["TARGET", "Completed", "Lines", "Note", "as_log_record", "clipped"]
+__all__ = ["TARGET", "Completed", "Lines", "Note", "SpanFacts", "as_log_record", "as_span"]
 
 TARGET = "stator.request"
 """the target of all of them"""
@@ -24,8 +24,8 @@ Completed = tuple[
     str, EndpointId, int, float, float, float, float, int, int, str, str, Mapping[str, str], TraceContext | None
 ]  # fmt: skip
 """id, endpoint, instance, began, queued, first, ended, items, bytes, outcome, error, headers, trace; see `RequestLog.completed`"""
-Note = tuple[float, int, str, dict[str, Any]]
-"""moment, level, message, fields: any other line"""
+Note = tuple[float, int, str, dict[str, Any], Mapping[str, str], TraceContext | None, str, float]
+"""moment, level, message, fields, headers, trace, span, began: any other line; see `RequestLog.write`"""
 
 _LONGEST = 200
 """characters of a text from outside, so that a line fits into what a pipe takes at once"""
@@ -63,24 +63,8 @@ class CompletedLine(msgspec.Struct, omit_defaults=True):
     x_request_id: str = ""
 
 
-_TEXT_ORDER = (
-    "request_id",
-    "outcome",
-    "error",
-    "items",
-    "response_bytes",
-    "queued_ms",
-    "first_response_ms",
-    "duration_ms",
-    "component",
-    "endpoint",
-    "namespace",
-    "instance_id",
-    "trace_id",
-    "span_id",
-    "parent_id",
-    "x_request_id",
-)
+_JSON_ONLY = ("span_name", "trace_flags", "tracestate")
+"""what a reader of text has no use for"""
 
 
 class Lines:
@@ -105,10 +89,10 @@ class Lines:
         return self._formatter.conceal(lines.decode()).encode() if self._formatter.hidden else lines
 
     def _as_json(self, record: Completed | Note, offset: float) -> CompletedLine | dict[str, Any]:
-        if len(record) == 4:
-            moment, level, message, fields = record
+        if len(record) == 8:
+            moment, level, message = record[:3]
             head = {"time": self._stamps(moment + offset), "level": level_text(level), "target": TARGET, "message": message}
-            return head | dict(sorted(fields.items()))
+            return head | dict(sorted(_note_fields(record).items()))
         id, endpoint, instance, began, queued, first, ended, items, size, outcome, error, headers, trace = record
         namespace, component, name, number, _ = self._place(endpoint, instance)
         line = CompletedLine(
@@ -136,9 +120,11 @@ class Lines:
         return line
 
     def _as_text(self, record: Completed | Note, offset: float, formatter: TextFormatter) -> str:
-        if len(record) == 4:
-            moment, level, message, fields = record
-            more = "".join([f" {key}={text_field(value)}" for key, value in fields.items()])
+        if len(record) == 8:
+            moment, level, message = record[:3]
+            more = "".join(
+                [f" {key}={text_field(value)}" for key, value in _note_fields(record).items() if key not in _JSON_ONLY]
+            )
             return f"{formatter.head(self._stamps(moment + offset), level)} {TARGET}: {message}{more}\n"
         id, endpoint, instance, began, queued, first, ended, items, size, outcome, error, headers, trace = record
         before, after = self._head
@@ -149,7 +135,7 @@ class Lines:
         traced = ""
         if headers or trace is not None:
             found = trace_fields(headers, trace, _SPAN)
-            traced = "".join([f" {key}={text_field(found[key])}" for key in _TEXT_ORDER if key in found])
+            traced = "".join([f" {key}={text_field(value)}" for key, value in found.items() if key not in _JSON_ONLY])
         return (
             f"{before}{self._stamps(ended + offset)}{after}{shown} outcome={outcome}{more} items={items}"
             f" response_bytes={size}{waited}{begun} duration_ms={_ms(began, ended)}"
@@ -178,8 +164,9 @@ def trace_fields(headers: Mapping[str, str], trace: TraceContext | None, span: s
     if trace is None:
         trace = continue_trace(headers)
     if trace is not None:
-        found = {"span_name": span, "trace_id": trace.trace_id, "span_id": trace.span_id, "trace_flags": trace.flags}
+        found = {"span_name": span, "trace_id": trace.trace_id, "span_id": trace.span_id}
         found |= {"parent_id": trace.parent_id} if trace.parent_id else {}
+        found["trace_flags"] = trace.flags
         found |= {"tracestate": clipped(trace.state)} if trace.state else {}
     if request_id := (trace.request_id if trace is not None else request_id_of(headers)):
         found["x_request_id"] = clipped(request_id)
@@ -188,24 +175,66 @@ def trace_fields(headers: Mapping[str, str], trace: TraceContext | None, span: s
 
 def as_log_record(record: Completed | Note, offset: float) -> logging.LogRecord:
     """The same for handlers of the application's own."""
-    if len(record) == 4:
-        moment, level, message, fields = record
+    if len(record) == 8:
+        moment, level, message = record[:3]
+        fields = _note_fields(record)
     else:
-        id, endpoint, instance, began, queued, first, moment, items, size, outcome, error, headers, trace = record
-        level, message = logging.INFO, _MESSAGE
-        namespace, component, name = endpoint.segments
-        fields = {"request_id": clipped(id), "outcome": outcome}
-        fields |= {"error": clipped(error)} if error else {}
-        fields |= {"items": items, "response_bytes": size}
-        fields |= {"queued_ms": _ms(began, queued)} if queued else {}
-        fields |= {"first_response_ms": _ms(began, first)} if first else {}
-        fields |= {"duration_ms": _ms(began, moment), "component": component, "endpoint": name, "namespace": namespace}
-        fields |= {"instance_id": str(instance)} | trace_fields(headers, trace, _SPAN)
+        moment, level, message = record[6], logging.INFO, _MESSAGE
+        fields = _completed_fields(record) | trace_fields(record[11], record[12], _SPAN)
     made = logging.LogRecord(TARGET, level, "", 0, message, None, None)
     made.created = moment + offset
     made.msecs = made.created % 1 * 1000
     vars(made).update(fields)
     return made
+
+
+class SpanFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One span of a trace. Times are wall time in seconds."""
+
+    name: str
+    trace: TraceContext
+    began: float
+    ended: float
+    attributes: dict[str, str | int | float | bool]
+    failure: str
+    """code of what went wrong, or \"\""""
+
+
+def as_span(record: Completed | Note, offset: float) -> SpanFacts | None:
+    """The same as a span; None if it is none, or has no trace."""
+    if len(record) == 8:
+        ended, _, _, fields, _, trace, name, began = record
+        if not began:
+            return None
+    else:
+        began, ended, trace, name, fields = record[3], record[6], record[12], _SPAN, _completed_fields(record)
+    if trace is None:
+        return None
+    if trace.request_id:
+        fields = {**fields, "x_request_id": trace.request_id}
+    failure = fields.get("error") or ("" if fields.get("outcome") in ("ok", None) else fields["outcome"])
+    return SpanFacts(
+        name=name, trace=trace, began=began + offset, ended=ended + offset, attributes=fields, failure=str(failure)
+    )
+
+
+def _completed_fields(record: Completed) -> dict[str, Any]:
+    """The most telling first."""
+    id, endpoint, instance, began, queued, first, ended, items, size, outcome, error, _, _ = record
+    namespace, component, name = endpoint.segments
+    fields: dict[str, Any] = {"request_id": clipped(id), "outcome": outcome}
+    fields |= {"error": clipped(error)} if error else {}
+    fields |= {"items": items, "response_bytes": size}
+    fields |= {"queued_ms": _ms(began, queued)} if queued else {}
+    fields |= {"first_response_ms": _ms(began, first)} if first else {}
+    fields |= {"duration_ms": _ms(began, ended), "component": component, "endpoint": name, "namespace": namespace}
+    return fields | {"instance_id": str(instance)}
+
+
+def _note_fields(record: Note) -> dict[str, Any]:
+    fields, headers, trace, span = record[3:7]
+    fields = {key: clipped(value) if isinstance(value, str) else value for key, value in fields.items()}
+    return fields | trace_fields(headers, trace, span) if headers or trace is not None else fields
 
 
 def clipped(text: str) -> str:

@@ -11,14 +11,16 @@ import asyncio
 import atexit
 import logging
 from collections.abc import Mapping
+from random import SystemRandom
 from typing import Any, Literal
 
 from stator.clock import Clock
 from stator.protocol.ids import EndpointId
 from stator.telemetry.line_output import LineOutput
 from stator.telemetry.logs import JsonFormatter, LineHandler, TextFormatter, on_configured
-from stator.telemetry.request_lines import TARGET, Completed, Lines, Note, as_log_record, clipped, trace_fields
-from stator.telemetry.trace import TraceContext
+from stator.telemetry.request_lines import TARGET, Completed, Lines, Note, as_log_record
+from stator.telemetry.trace import TraceContext, continue_trace, request_id_of
+from stator.telemetry.tracing import SpanSink, active_sink
 
 __all__ = ["Outcome", "RequestLog"]
 
@@ -33,6 +35,7 @@ _MOST = 2048
 _LAST_WORDS = 1.0
 """seconds that closing waits for a stream that takes nothing"""
 _NOTHING: dict[str, str] = {}
+_RANDOM = SystemRandom()
 
 logger = logging.getLogger(TARGET)
 
@@ -57,6 +60,7 @@ class RequestLog:
         "_timer",
         "debugging",
         "enabled",
+        "tracing",
     )
 
     def __init__(self, clock: Clock) -> None:
@@ -71,7 +75,11 @@ class RequestLog:
         self._soon = False
         self._closed = False
         self.enabled = False
+        """whether anybody wants completed requests: lines, or spans"""
         self.debugging = False
+        """whether anybody wants arriving requests"""
+        self.tracing = False
+        """whether a trace is begun for requests without one: where lines are JSON (`spec/25 §7.2`), or spans are exported"""
         self.refresh()
         on_configured(self.refresh)
 
@@ -81,9 +89,22 @@ class RequestLog:
         return self._output.dropped
 
     def refresh(self) -> None:
-        """Look at the levels again."""
-        self.enabled = not self._closed and logger.isEnabledFor(logging.INFO)
-        self.debugging = not self._closed and logger.isEnabledFor(logging.DEBUG)
+        """Look at levels, format and export again."""
+        wanted, exporting = not self._closed, active_sink() is not None
+        self.enabled = wanted and (exporting or logger.isEnabledFor(logging.INFO))
+        self.debugging = wanted and logger.isEnabledFor(logging.DEBUG)
+        handler = _only_handler()
+        self.tracing = wanted and (exporting or (handler is not None and isinstance(handler.formatter, JsonFormatter)))
+
+    def trace_of(self, headers: Mapping[str, str]) -> TraceContext | None:
+        """The span of a request that came from outside with `headers`: in its sender's trace, in a new one where traces are
+        wanted, or None.
+        """
+        trace = continue_trace(headers)
+        if trace is not None or not self.tracing:
+            return trace
+        sink = active_sink()
+        return TraceContext.new(_RANDOM, request_id=request_id_of(headers)) if sink is None else sink.root(headers)
 
     def completed(
         self,
@@ -125,7 +146,7 @@ class RequestLog:
     ) -> None:
         """A request arrived; for debugging."""
         namespace, component, name = endpoint.segments
-        fields = {"request_id": clipped(id), "component": component, "endpoint": name, "namespace": namespace}
+        fields = {"request_id": id, "component": component, "endpoint": name, "namespace": namespace}
         fields["instance_id"] = str(instance)
         self.write("request received", fields, level=logging.DEBUG, headers=headers, trace=trace, span="handle_payload")
 
@@ -138,14 +159,13 @@ class RequestLog:
         headers: Mapping[str, str] = _NOTHING,
         trace: TraceContext | None = None,
         span: str = "",
+        began: float = 0.0,
     ) -> None:
-        """Any other line, now. `fields` are numbers, truth values and texts, the most telling first; they belong to the line."""
-        for key, value in fields.items():
-            if isinstance(value, str):
-                fields[key] = clipped(value)
-        if headers or trace is not None:
-            fields |= trace_fields(headers, trace, span)
-        self._records.append((self._clock.monotonic(), level, message, fields))
+        """Any other line, now. `fields` are numbers, truth values and texts, the most telling first; they belong to the line.
+
+        `span` is the name of the span that it is about; exported is that of a line that says when it `began`.
+        """
+        self._records.append((self._clock.monotonic(), level, message, fields, headers, trace, span, began))
         if self._timer is None:
             self._arm()
         elif len(self._records) >= _BATCH:
@@ -198,6 +218,11 @@ class RequestLog:
     def _write(self, patience: float) -> None:
         records, self._records = self._records, []
         offset = self._clock.wall() - self._clock.monotonic()
+        if records:
+            if (sink := active_sink()) is not None:
+                records = _exported(records, sink, offset)
+            if not logger.isEnabledFor(logging.INFO):  # it was the spans that somebody wanted
+                records = []
         handler = _only_handler()
         if handler is None:
             self._hand_over(records, offset)
@@ -205,8 +230,9 @@ class RequestLog:
         try:
             if self._output.unreported and not len(self._output):
                 lost, self._output.unreported = self._output.unreported, 0
+                text = "request lines were dropped: nobody reads the log"
                 now = self._clock.monotonic()
-                records.append((now, logging.WARNING, "request lines were dropped: nobody reads the log", {"dropped": lost}))
+                records.append((now, logging.WARNING, text, {"dropped": lost}, _NOTHING, None, "", 0.0))
             if records:
                 self._output.put(self._render(handler, records, offset))
             self._output.write(handler, patience)
@@ -226,6 +252,17 @@ class RequestLog:
             made = as_log_record(record, offset)
             if logger.isEnabledFor(made.levelno):
                 logger.handle(made)
+
+
+def _exported(records: list[Completed | Note], sink: SpanSink, offset: float) -> list[Completed | Note]:
+    """The records, each completed request with a trace, after their spans went to `sink`."""
+    found: list[Completed | Note] = []
+    for record in records:
+        if len(record) == 13 and record[12] is None:
+            record = (*record[:12], continue_trace(record[11]) or sink.root(record[11]))
+        sink.put(record, offset)
+        found.append(record)
+    return found
 
 
 def _only_handler() -> LineHandler | None:

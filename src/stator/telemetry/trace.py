@@ -6,7 +6,7 @@ from random import Random, SystemRandom
 
 import msgspec
 
-__all__ = ["TraceContext", "continue_trace", "parse_traceparent", "request_id_of"]
+__all__ = ["TraceContext", "continue_trace", "outgoing_headers", "parse_traceparent", "request_id_of"]
 
 # version-traceid-parentid-flags; a version after 00 may append more fields (W3C Trace Context, section 3.2).
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -78,6 +78,11 @@ def continue_trace(headers: Mapping[str, str], random: Random = _RANDOM) -> Trac
     Each call makes another span: ask once for each request, and only if it has headers.
     """
     return TraceContext.receive(headers, random) if parse_traceparent(headers.get("traceparent", "")) else None
+
+
+def outgoing_headers(headers: Mapping[str, str], trace: TraceContext | None) -> dict[str, str]:
+    """What a call made on behalf of a request carries: its `headers` as received, with its own span as the parent if it has one."""
+    return dict(headers) if trace is None else {**headers, **trace.headers()}
 
 
 def request_id_of(headers: Mapping[str, str]) -> str:

@@ -43,6 +43,11 @@ class RunningFrontend:
         """One value of it; 0.0 if there is none."""
         return page_sample(self.metrics(), name, **labels)
 
+    async def until_logged(self) -> None:
+        """Return when the lines of all answers that were sent are written."""
+        await asyncio.sleep(0)  # an answer may be read before the turn of its server ends, in which its line is left
+        self.state.log.flush()
+
     async def until_idle(self, seconds: float = 5.0) -> None:
         """Return when no request is being answered any more; `TimeoutError` otherwise."""
         async with asyncio.timeout(seconds):
