@@ -59,7 +59,9 @@ class ServedEndpoint:
         self._record: EndpointRecord | None = None
         self._listed = False
         self._reasons: set[str] = set()
+        """why it is not to be listed: owner, operator, health, closing"""
         self._listing = asyncio.Lock()
+        self._catching_up: asyncio.Task[None] | None = None
         self._closed = False
         self._wellbeing = Wellbeing(
             endpoint.name,
@@ -125,8 +127,11 @@ class ServedEndpoint:
     # -- discovery
 
     async def register(self) -> None:
-        """Put the record into discovery (again), unless an operator or the canary keeps it out. Idempotent."""
-        if self._closed:
+        """Put the record into discovery (again), unless an operator or the canary keeps it out. Idempotent.
+
+        Raises `UsageError` once it is closing, and what discovery raises.
+        """
+        if "closing" in self._reasons:
             raise UsageError(f"{self.endpoint} is closed; serve it again")
         self._reasons.discard("owner")
         self._take_requests()
@@ -140,8 +145,10 @@ class ServedEndpoint:
     async def leave(self) -> None:
         """An operator drains the process: out of discovery, and refuse new requests, which go elsewhere. Idempotent."""
         self._reasons.add("operator")
-        await self._reconcile()
-        self.drain()
+        try:
+            await self._reconcile()
+        finally:
+            self.drain()
 
     async def enter(self) -> None:
         """Undo `leave`. Idempotent."""
@@ -150,20 +157,23 @@ class ServedEndpoint:
         await self._reconcile()
 
     def _take_requests(self) -> None:
-        if not self._closed and "operator" not in self._reasons:
+        if not self._reasons & {"operator", "closing"}:
             self._serving.resume()
 
     def _health_changed(self, sick: bool) -> None:
         """What the canary found; discovery learns it in a task of the runtime, which tries until it does."""
         (self._reasons.add if sick else self._reasons.discard)("health")
-        if not self._closed and not self._services.scope.closed:
-            self._services.scope.spawn(self._reconcile_for_long(), name=f"listing of {self.endpoint}")
+        busy = self._catching_up is not None and not self._catching_up.done()
+        if not busy and "closing" not in self._reasons and not self._services.scope.closed:
+            self._catching_up = self._services.scope.spawn(self._catch_up(), name=f"listing of {self.endpoint}")
 
-    async def _reconcile_for_long(self) -> None:
+    async def _catch_up(self) -> None:
+        """Until discovery says what is wanted, whatever that is by then."""
         backoff = Backoff()
         for attempt in count():
             try:
-                await self._reconcile()
+                while self._listed is bool(self._reasons):
+                    await self._reconcile()
                 return
             except StatorError as error:
                 logger.warning("%s: discovery could not be told: %s", self.endpoint, error)
@@ -171,16 +181,19 @@ class ServedEndpoint:
 
     async def _reconcile(self) -> None:
         """Make discovery say what is wanted now. Raises what discovery raises; the wish stands."""
+        discovery, key = self._services.discovery, self.record.key
         async with self._listing:
-            wanted = not self._reasons and not self._closed
-            if wanted == self._listed:
-                return
-            if wanted:
+            if self._reasons:
+                if self._listed:
+                    await discovery.unregister(key)
+                    self._listed = False
+            elif not self._listed or key not in discovery.owned():  # not there: a registration that was given up
                 self._listed = True  # before: a cancelled registration may have happened
-                await self._services.discovery.register(self.record)
-            else:
-                await self._services.discovery.unregister(self.record.key)
-                self._listed = False
+                try:
+                    await discovery.register(self.record)
+                except StatorError:
+                    self._listed = False
+                    raise
 
     # -- requests
 
@@ -203,6 +216,7 @@ class ServedEndpoint:
 
         Cancelled: closes without waiting.
         """
+        self._reasons.add("closing")
         try:
             await self._leave_discovery()
             self.drain()
@@ -240,6 +254,7 @@ class ServedEndpoint:
         if self._closed:
             return
         self._closed = True
+        self._reasons.add("closing")
         self.drain()
         try:
             await self._leave_discovery()

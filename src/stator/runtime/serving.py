@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from stator.errors import Cancelled, Disconnected, EngineError, Overloaded, StatorError, Timeout, Unavailable
+from stator.protocol.annotated import Annotated
 from stator.protocol.envelope import IncomingRequest
 from stator.protocol.ids import EndpointId
 from stator.protocol.wire_errors import engine_error, to_wire
@@ -30,7 +31,19 @@ _CLOSE_LIMIT = 5.0
 class _Running(Context):
     """The context of a request from its arrival to its end; it waits for a slot, then a task answers it."""
 
-    __slots__ = ("arrived", "began", "first", "over", "request", "responder", "sent_before_stop", "serving", "task", "unheard")
+    __slots__ = (
+        "arrived",
+        "began",
+        "first",
+        "over",
+        "request",
+        "responder",
+        "sent_before_stop",
+        "serving",
+        "sour",
+        "task",
+        "unheard",
+    )
 
     def __init__(self, serving: "Serving", request: IncomingRequest, responder: Responder, now: float) -> None:
         super().__init__(request.id, metadata=request.metadata, headers=request.headers)
@@ -45,6 +58,8 @@ class _Running(Context):
         """when its handler had been called"""
         self.over = False
         """whether it was counted"""
+        self.sour = False
+        """whether its last item was an error"""
         self.unheard = False
         """whether no way to its client could be made"""
         self.sent_before_stop = -1
@@ -127,7 +142,7 @@ class Serving:
         self._requests = Scope(f"requests of {name}", close_timeout=_CLOSE_LIMIT)
         self._moved = asyncio.Event()
         self._meter.follow(self._sending)
-        self._items_ended = 0
+        self._good = 0
         self.on_success: Callable[[], None] | None = None
         """told at each request that ended well"""
 
@@ -141,8 +156,10 @@ class Serving:
 
     @property
     def progress(self) -> int:
-        """Grows with each item and each request that ends well; what the canary takes for life."""
-        return self._meter.ok + self._items_ended + sum(context.responder.sent_items for context in self._sending())
+        """Grows with each item and each request that ends well; what the canary takes for life. What ended with an error item does not
+        count, and is taken off again.
+        """
+        return self._good + sum(context.responder.sent_items for context in self._sending())
 
     def __call__(self, request: IncomingRequest, responder: Responder, /) -> _Running:
         """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
@@ -222,6 +239,7 @@ class Serving:
             responder.accept()
             context.first = now = meter.now()
             meter.firsts.append(now - context.began)
+            item: Any = None
             try:
                 send = responder.send
                 async for item in stream:
@@ -236,6 +254,7 @@ class Serving:
                 failure = _failure(error)
                 logger.warning("request %s of %s failed in its handler", context.id, self._name, exc_info=error)
             responder.end(failure)
+            context.sour = type(item) is Annotated and item.event == "error"
             outcome = "cancelled" if context.is_stopped else "ok" if failure is None else "error"
             if failure is not None:
                 await self._close(stream, context.id)
@@ -267,8 +286,10 @@ class Serving:
         meter = self._meter
         if outcome == "ok":
             meter.ok += 1
-            if self.on_success is not None:
-                self.on_success()
+            if not context.sour:
+                self._good += 1
+                if self.on_success is not None:
+                    self.on_success()
         elif outcome == "cancelled":
             meter.cancelled += 1
             if context.began:
@@ -279,7 +300,8 @@ class Serving:
             meter.refused += 1
         if context.began:
             responder = context.responder
-            self._items_ended += responder.sent_items
+            if not context.sour:
+                self._good += responder.sent_items
             meter.ended(meter.now() - context.began, responder.sent_bytes)
         if meter.log.enabled:
             self._log(context, outcome, error)

@@ -37,9 +37,9 @@ class _ProgressWatch:
     def expire(self, now: float) -> float:
         """Called by the wheel."""
         progress = self._serving.progress
-        if progress != self._seen:
-            self._seen = progress
+        if progress > self._seen:
             self._activity.note()
+        self._seen = progress
         return now + self._every
 
 
@@ -76,9 +76,9 @@ class Wellbeing:
         health = self._health
         target = health.add(self._name, payload=payload, instance_id=instance_id)
         activity = health.activity(self._name)
+        self._unsubscribe = health.subscribe(self._told)  # the program itself may find it sick, too
         if target is None or activity is None:
             return
-        self._unsubscribe = health.subscribe(self._told)
         self._serving.on_success = activity.note
         self._watch = _ProgressWatch(self._serving, activity, self._wheel, every=self._config.canary_wait / _LOOKS)
         self._watch.start()
