@@ -136,7 +136,9 @@ async def silent(request: Any, context: Context) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def bench(handler: Any = count, *, admission: Admission | None = None, **config: Any) -> AsyncIterator[Bench]:
+async def bench(
+    handler: Any = count, *, admission: Admission | None = None, bidirectional: bool = False, **config: Any
+) -> AsyncIterator[Bench]:
     wheel = DeadlineWheel(asyncio.get_running_loop(), resolution=0.02)
     host = PlaneHost(
         process="a" * 32,
@@ -159,7 +161,8 @@ async def bench(handler: Any = count, *, admission: Admission | None = None, **c
         bench.contexts.append(context)
         return generate(request, context)
 
-    bench = Bench(server, Serving(noted, name="test.backend.generate", admission=admission), home)
+    serving = Serving(noted, name="test.backend.generate", admission=admission, bidirectional=bidirectional)
+    bench = Bench(server, serving, home)
     server.register(PATH, bench.serving)
     address, _, port = server.address.rpartition(":")
     bench.reader, bench.writer = await asyncio.open_connection(address, int(port))
