@@ -120,9 +120,10 @@ def test_the_engine_of_the_engine_page_serves_and_passes_the_suite(tmp_path: Pat
 
 
 def test_the_blocks_of_the_runtime_page(tmp_path: Path, environment: dict[str, str]) -> None:
-    assert write_blocks(ROOT / "docs" / "runtime.md", tmp_path) == ["runtime.py", "cancellation.py"]
+    assert write_blocks(ROOT / "docs" / "runtime.md", tmp_path) == ["runtime.py", "cancellation.py", "conversation.py"]
     assert output_of(tmp_path / "runtime.py", environment) == ["{'echo': {'prompt': 'hi'}}"]
     assert output_of(tmp_path / "cancellation.py", environment) == ["handler ended", "stopped", "handler ended"]
+    assert output_of(tmp_path / "conversation.py", environment) == ["HELLO", "WORLD", "2 words", "['AGAIN', '1 words']"]
 
 
 def test_several_models_in_one_cluster(tmp_path: Path, environment: dict[str, str]) -> None:
