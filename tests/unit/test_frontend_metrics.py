@@ -140,12 +140,12 @@ def test_names_and_buckets_of_the_reference() -> None:
 
 def test_the_prefix_can_be_replaced() -> None:
     page = MetricSet()
-    metrics = FrontendMetrics(page, ManualClock(), prefix="mine")
+    metrics = FrontendMetrics(page, ManualClock(), prefix="mine-own")
     prepared(metrics.begin(model="m", endpoint="completions", stream=False, now=0.0))
     text = page.exposition().decode()
     labels = {"model": "m", "endpoint": "completions", "request_type": "unary"}
-    assert page_sample(text, "mine_requests_started_total", **labels) == 1
-    assert "# TYPE mine_output_tokens_total counter" in text
+    assert page_sample(text, "mine_own_requests_started_total", **labels) == 1
+    assert "# TYPE mine_own_output_tokens_total counter" in text
     assert "# TYPE dynamo_frontend_stage_duration_seconds histogram" in text
 
 

@@ -36,7 +36,8 @@ async def run_frontend(*, host: str | None, port: int | None, policy: str | None
         async with ModelDirectory.follow(runtime, clock=clock, policy=policy) as directory:
             page = MetricSet()
             page.on_exposition(lambda: runtime.metrics.exposition().decode())  # below its own part, as the reference has it
-            app = create_app(directory, config=config, metrics=FrontendMetrics(page, clock), clock=clock)
+            metrics = FrontendMetrics(page, clock, prefix=config.metrics_prefix)
+            app = create_app(directory, config=config, metrics=metrics, clock=clock)
             async with FrontendServer(app, config=config, sock=bind(config, shared=supervised)) as server:
                 if supervised:
                     tell(NewsKind.READY, server.url)

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from stator.config import Config, Setting
 from stator.errors import ConfigError
+from stator.telemetry.names import FRONTEND_PREFIX
 
 __all__ = ["FrontendConfig", "is_loopback"]
 
@@ -47,6 +48,9 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
     idle_timeout: Annotated[float, Setting(doc="a connection without a request is closed", unit="s", gt=0)] = 620.0
     silence: Annotated[float, Setting(doc="a stream with nothing to send gets a comment, for proxies", unit="s", gt=0)] = 10.0
 
+    metrics_prefix: Annotated[
+        str, Setting(doc="what most names of the frontend's metrics begin with", dyn="DYN_METRICS_PREFIX")
+    ] = FRONTEND_PREFIX
     max_requests: Annotated[int, Setting(doc="requests answered at one time; more are refused as overloaded", ge=1)] = 4096
     max_choices: Annotated[int, Setting(doc="choices of one request: n times the number of prompts", ge=1)] = 2048
     overload_status: Annotated[

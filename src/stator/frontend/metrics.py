@@ -8,7 +8,7 @@ from stator.frontend.prompt_timing import PromptTiming
 from stator.llm.card import WorkerType
 from stator.llm.served import ServedModel
 from stator.telemetry import Counter, Family, Gauge, Histogram, LoopDelay, MetricSet
-from stator.telemetry.names import FRONTEND_PREFIX
+from stator.telemetry.names import FRONTEND_PREFIX, frontend_prefix
 
 __all__ = ["FrontendMetrics", "RequestMeter"]
 
@@ -71,14 +71,14 @@ class _ModelSeries:
 
 
 class FrontendMetrics:
-    """All families, registered in `page`, which `/metrics` shows. `prefix` replaces the reference's.
+    """All families, registered in `page`, which `/metrics` shows. `prefix` replaces the reference's, made fit for names.
 
     What else belongs on the page is appended to it: `page.on_exposition`.
     """
 
     def __init__(self, page: MetricSet, clock: Clock, *, prefix: str = FRONTEND_PREFIX) -> None:
         self.page = page
-        self._prefix = prefix
+        self._prefix = prefix = frontend_prefix(prefix)
         self._models: dict[str, _ModelSeries] = {}
         self.loop_delay = LoopDelay(page, clock, prefix=FRONTEND_PREFIX)
         self._requests()
