@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from interop.peers import HERE, REFERENCE
 
 pytestmark = [

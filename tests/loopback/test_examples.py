@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stator.testing.documents import write_blocks
 from stator.testing.serve_process import StatorProcess
 
 pytestmark = pytest.mark.timeout(60)
@@ -40,6 +41,11 @@ def test_worker_and_client(environment: dict[str, str]) -> None:
         assert output_of("client.py", environment) == ["hello", "from", "the", "other", "process"]
 
 
+def test_worker_and_client_with_the_names_of_the_reference(environment: dict[str, str]) -> None:
+    with example("dynamo_worker.py", environment):
+        assert output_of("dynamo_client.py", environment) == ["hello", "from", "the", "other", "process"]
+
+
 def test_pipeline(environment: dict[str, str]) -> None:
     assert output_of("pipeline.py", environment) == ["['TWO', 'STAGES', 'TWO', 'STAGES']"]
 
@@ -55,3 +61,9 @@ def service(environment: dict[str, str]) -> Iterator[StatorProcess]:
 def test_engine_and_openai_client(service: StatorProcess, environment: dict[str, str]) -> None:
     url = f"{service.wait_until_ready()}/v1"
     assert output_of("openai_client.py", environment, url) == ["👋 maerts a morf eßürG"]
+
+
+def test_the_block_of_the_page_about_the_references_names(tmp_path: Path, environment: dict[str, str]) -> None:
+    assert write_blocks(EXAMPLES.parent / "docs" / "dynamo.md", tmp_path) == ["dynamo_names.py"]
+    with StatorProcess(command=(sys.executable, "dynamo_names.py"), directory=tmp_path, environment=environment):
+        assert output_of("dynamo_client.py", environment) == ["hello", "from", "the", "other", "process"]

@@ -1,6 +1,7 @@
 """Calls an endpoint, with the reference's methods."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from stator.dynamo.choices import RouterMode
@@ -10,7 +11,9 @@ from stator.dynamo.membership import Membership
 from stator.dynamo.stream import AsyncResponseStream
 from stator.errors import StatorError, UsageError
 from stator.protocol.records import ModelRecord, Query
+from stator.routing import LeastLoaded, Policy, PowerOfTwo, RoundRobin, UniformRandom
 from stator.runtime import Client as StatorClient
+from stator.runtime import Endpoint as StatorEndpoint
 from stator.runtime import ResponseStream
 
 __all__ = ["Client"]
@@ -25,10 +28,16 @@ class Client:
     a `ValueError`. Unlike the reference's, a call is tried elsewhere as long as nothing was answered.
     """
 
-    def __init__(self, membership: Membership, client: StatorClient, weighted: StatorClient) -> None:
+    def __init__(self, membership: Membership, endpoint: StatorEndpoint, client: StatorClient) -> None:
         self._membership = membership
+        self._endpoint = endpoint
         self._client = client
-        self._weighted = weighted
+        self._weighted: StatorClient | None = None
+
+    @classmethod
+    async def of(cls, membership: Membership, endpoint: StatorEndpoint, mode: RouterMode) -> "Client":
+        """A client of `endpoint` whose `generate` chooses as `mode` says."""
+        return cls(membership, endpoint, await endpoint.client(_POLICIES[mode]()))
 
     def instance_ids(self) -> list[int]:
         """Who is listed now; nobody after `shutdown`."""
@@ -58,6 +67,8 @@ class Client:
         self, request: Any, annotated: bool | None = True, context: Context | None = None
     ) -> AsyncResponseStream:
         """Call the least loaded instance, of those with an accelerator first."""
+        if self._weighted is None:
+            self._weighted = await self._endpoint.client(_DEVICE_WEIGHTED)
         return await self._call(self._weighted.generate, request, annotated, context)
 
     async def direct(
@@ -120,19 +131,16 @@ class Client:
         raise UsageError("the runtime was shut down while it waited for an instance")
 
 
-def policy_of(mode: RouterMode) -> str:
-    """The name of Stator's policy for a router mode."""
-    return _POLICIES[mode]
-
-
-_POLICIES = {
-    RouterMode.RoundRobin: "round_robin",
-    RouterMode.Random: "random",
-    RouterMode.PowerOfTwoChoices: "power_of_two",
-    RouterMode.LeastLoaded: "least_loaded",
-    RouterMode.DeviceAwareWeighted: "device_weighted",
-    RouterMode.Direct: "random",
-    RouterMode.KV: "random",
+_DEVICE_WEIGHTED = "device_weighted"
+"""by its name, because its ratio is a setting"""
+_POLICIES: dict[RouterMode, Callable[[], Policy | str]] = {
+    RouterMode.RoundRobin: RoundRobin,
+    RouterMode.Random: UniformRandom,
+    RouterMode.PowerOfTwoChoices: PowerOfTwo,
+    RouterMode.LeastLoaded: LeastLoaded,
+    RouterMode.DeviceAwareWeighted: lambda: _DEVICE_WEIGHTED,
+    RouterMode.Direct: UniformRandom,
+    RouterMode.KV: UniformRandom,
 }
 """The last two choose nothing by themselves: the caller names the instance, or a KV router would."""
 

@@ -18,6 +18,9 @@ __all__ = ["dynamo_endpoint", "dynamo_worker"]
 
 logger = logging.getLogger(__name__)
 
+_SAME_SIGNAL = 0.3
+"""seconds in which a second signal is the first one again: a process group and a parent often both get it"""
+
 _TO_RETURN = 2.0
 """seconds in which the program may return once its runtime has drained and left, before it is cancelled"""
 
@@ -61,7 +64,8 @@ def _terminating(runtime: DistributedRuntime, scope: Scope) -> Generator[Callabl
     process afterwards. A program that handles SIGTERM itself is left alone.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    signalled = cancelled = False
+    signalled: float | None = None
+    cancelled = False
 
     def cancel() -> None:
         nonlocal cancelled
@@ -78,13 +82,13 @@ def _terminating(runtime: DistributedRuntime, scope: Scope) -> Generator[Callabl
 
     def on_signal() -> None:
         nonlocal signalled
-        if signalled:
+        if signalled is None:
+            logger.info("SIGTERM: draining")
+            signalled = loop.time()
+            scope.spawn(leave(), name="sigterm")
+        elif loop.time() - signalled >= _SAME_SIGNAL:
             logger.warning("second SIGTERM: stopping at once")
             cancel()
-        else:
-            logger.info("SIGTERM: draining")
-            signalled = True
-            scope.spawn(leave(), name="sigterm")
 
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:

@@ -1,19 +1,17 @@
 """Serves and calls one endpoint, with the reference's methods."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from stator.dynamo.choices import RouterMode
-from stator.dynamo.client import Client, policy_of
-from stator.dynamo.errors import CallFailed, InvalidType, NotSendable, NotThere
+from stator.dynamo.client import Client
+from stator.dynamo.errors import CallFailed, InvalidType, NotSendable
 from stator.dynamo.handler import bidirectional, unary
 from stator.dynamo.membership import Membership
 from stator.dynamo.metrics import RuntimeMetrics
 from stator.errors import EngineError, UsageError
 from stator.protocol.ids import EndpointId
 from stator.protocol.values import encode_json
-from stator.runtime import Endpoint as StatorEndpoint
 from stator.runtime import Runtime, ServedEndpoint
 
 __all__ = ["Endpoint"]
@@ -67,8 +65,6 @@ class Endpoint:
         metrics_labels: Sequence[tuple[str, str]] | None = None,
     ) -> None:
         """`serve_endpoint` for a handler whose first argument is a `PyAsyncRequestStream`."""
-        if "bidirectional" not in inspect.signature(StatorEndpoint.start).parameters:
-            raise NotThere("bidirectional endpoints come with issue B, part 5")
         labels = _labels(metrics_labels)
         await self._serve(bidirectional(generator), graceful_shutdown, {"metrics_labels": labels, "bidirectional": True})
 
@@ -99,8 +95,7 @@ class Endpoint:
         if router_mode is not None and not isinstance(router_mode, RouterMode):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidType(f"router_mode must be a RouterMode, not {type(router_mode).__name__}")
         endpoint = (await self._membership.runtime()).endpoint(str(self._id))
-        policy = policy_of(RouterMode.Random if router_mode is None else router_mode)
-        return Client(self._membership, await endpoint.client(policy), await endpoint.client("device_weighted"))
+        return await Client.of(self._membership, endpoint, RouterMode.Random if router_mode is None else router_mode)
 
     def connection_id(self) -> int:
         """The instance id of this process. Raises `UsageError` before the runtime is connected."""
