@@ -5,6 +5,7 @@ asynchronous (next loop tick), in order, and bounded: a stream holds at most `wi
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from stator.transports.memory_inputs import MemoryInputs
 from stator.transports.plane import PlaneHost, RequestControl, RequestSink
 
 __all__ = ["MemoryNetwork", "MemoryPlane"]
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "memory:"
 _YIELD_EVERY = 64
@@ -120,6 +123,9 @@ class _Stream:
             self._control = sink(request, self)
         except StatorError as error:
             self.refuse(error)
+        except Exception as error:  # whatever a sink does: other steps are waiting
+            logger.exception("request %s could not be taken", envelope.id)
+            self.refuse(StatorError(f"the worker could not take the request: {type(error).__name__}"))
 
     def _read_value(self, envelope: RequestEnvelope, sink: RequestSink) -> Any:
         try:

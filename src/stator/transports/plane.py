@@ -58,7 +58,8 @@ Malformed = Literal["deserialization", "invalid_message", "response_stream"]
 class Responder(Protocol):
     """How a worker answers one request. Calls arrive in the order accept, send…, end; or refuse alone; wait and start before either.
 
-    After `kill` every call is accepted and does nothing. Exactly one of `refuse` and `end` must be called.
+    After `kill` every call is accepted and does nothing. Exactly one of `refuse` and `end` must be called; the plane then ends the inputs
+    of a bidirectional request (`stator.transports.inputs.InputStream`), as it does when the request is killed or its sink refuses it.
     """
 
     @property
@@ -148,6 +149,7 @@ class PlaneClient(Protocol):
         Raises `ConnectFailed` or `Timeout` (phase "connect") when there is no connection, `UsageError` when the request is too large;
         nothing was sent then, and ending the inbox is the caller's. The same holds when it is cancelled.
         When the inbox ends while a connection is made (killed, stopped, out of time), nothing is sent and this returns.
+        An envelope that `streams_in` comes with a `DuplexInbox`, whose `sender` is set besides its `link`.
         """
         ...
 

@@ -40,6 +40,7 @@ class InputCall(asyncio.Protocol):
     ) -> None:
         """Raises `PeerProtocolError` when the address is none."""
         self._host, self._port = parse_address(address.address)
+        self._request_id = address.context
         self._handshake = encode_handshake(address.subject, "request")
         self._reader = RequestReader(inputs, codec=codec)
         self._inputs = inputs
@@ -62,9 +63,8 @@ class InputCall(asyncio.Protocol):
             async with asyncio.timeout(timeout):
                 await asyncio.get_running_loop().create_connection(lambda: self, self._host, self._port)
         except OSError as error:  # a TimeoutError is one
-            logger.warning(
-                "its client's inputs cannot be had from %s:%d: %s", self._host, self._port, error or "no connection in time"
-            )
+            why = error or "no connection in time"
+            logger.warning("request %s: its inputs cannot be had from %s:%d: %s", self._request_id, self._host, self._port, why)
 
     def _dialled(self, task: asyncio.Task[None]) -> None:
         self._dialling = None
