@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -27,7 +27,7 @@ _TO_RETURN = 2.0
 Main = Callable[..., Awaitable[Any]]
 
 
-def dynamo_worker(enable_nats: bool | None = None) -> Callable[[Main], Callable[..., Awaitable[None]]]:
+def dynamo_worker(enable_nats: bool | None = None) -> Callable[[Main], Callable[..., Coroutine[Any, Any, None]]]:
     """Call the decorated function with a connected runtime, and leave the cluster when it ends.
 
     Discovery and planes are those of the settings. SIGTERM drains what is served; then the function should return, as it does when
@@ -37,7 +37,7 @@ def dynamo_worker(enable_nats: bool | None = None) -> Callable[[Main], Callable[
     if enable_nats is not None:
         warnings.warn("enable_nats is ignored: settings say which planes are used", DeprecationWarning, stacklevel=2)
 
-    def decorate(function: Main) -> Callable[..., Awaitable[None]]:
+    def decorate(function: Main) -> Callable[..., Coroutine[Any, Any, None]]:
         @wraps(function)
         async def main(*args: Any, **kwargs: Any) -> None:
             runtime = DistributedRuntime(asyncio.get_running_loop(), None, None)
