@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, tzinfo
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -122,9 +122,7 @@ class Lines:
     def _as_text(self, record: Completed | Note, offset: float, formatter: TextFormatter) -> str:
         if len(record) == 8:
             moment, level, message = record[:3]
-            more = "".join(
-                [f" {key}={text_field(value)}" for key, value in _note_fields(record).items() if key not in _JSON_ONLY]
-            )
+            more = "".join([f" {key}={_shown(value)}" for key, value in _note_fields(record).items() if key not in _JSON_ONLY])
             return f"{formatter.head(self._stamps(moment + offset), level)} {TARGET}: {message}{more}\n"
         id, endpoint, instance, began, queued, first, ended, items, size, outcome, error, headers, trace = record
         before, after = self._head
@@ -233,8 +231,18 @@ def _completed_fields(record: Completed) -> dict[str, Any]:
 
 def _note_fields(record: Note) -> dict[str, Any]:
     fields, headers, trace, span = record[3:7]
-    fields = {key: clipped(value) if isinstance(value, str) else value for key, value in fields.items()}
+    for key, value in fields.items():
+        if isinstance(value, str) and not _PLAIN(value):
+            fields = fields | {key: clipped(value)}
     return fields | trace_fields(headers, trace, span) if headers or trace is not None else fields
+
+
+def _shown(value: object) -> str:
+    """As `text_field`, the usual things first."""
+    kind = type(value)
+    if kind is int or kind is float or (kind is str and _PLAIN(cast("str", value))):
+        return str(value)
+    return text_field(value)
 
 
 def clipped(text: str) -> str:
