@@ -14,7 +14,7 @@ from stator import settings
 from stator.clock import Clock
 from stator.discovery.interface import Discovery
 from stator.discovery.memory import MemoryDiscovery, MemoryStore
-from stator.errors import ConfigError
+from stator.errors import ConfigError, UsageError
 from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import ModelRecord
@@ -231,7 +231,9 @@ class Runtime:
         return {"status": "draining", "inflight": sum(each.inflight for each in served)}
 
     async def resume(self) -> dict[str, Any]:
-        """Into service again."""
+        """Into service again. Raises `UsageError` once the runtime is shutting down, and what discovery raises."""
+        if self._services.closing.is_set():
+            raise UsageError("the runtime is shutting down and comes back no more; start another process")
         for each in tuple(self._services.served.values()):
             await each.enter()
         return {"status": "serving"}
