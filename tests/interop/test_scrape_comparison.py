@@ -492,7 +492,7 @@ def broken(request: Any, context: Context) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def both(root: Path, port: int, ours: Path) -> AsyncIterator[tuple[Scraped, Scraped]]:
+async def both(reference: Peer, root: Path, port: int, ours: Path) -> AsyncIterator[tuple[Scraped, Scraped]]:
     """The reference's worker, and a new one of ours with the same handlers."""
     async with AsyncExitStack() as stack:
         runtime = await stack.enter_async_context(
@@ -511,9 +511,11 @@ async def both(root: Path, port: int, ours: Path) -> AsyncIterator[tuple[Scraped
         await stack.enter_async_context(runtime.endpoint("demo.backend.converse").serving(converse, bidirectional=True))
         assert runtime.status_url is not None
         workers = Scraped(root, f"http://127.0.0.1:{port}"), Scraped(ours, runtime.status_url)
-        async with asyncio.timeout(30):
-            while len(await asyncio.to_thread(records_in, root)) < 3:
-                await asyncio.sleep(0.05)
+        deadline = asyncio.get_running_loop().time() + 15
+        while len(await asyncio.to_thread(records_in, root)) < 3:
+            gone = f"the reference is not listed, its exit status is {reference.process.poll()}"
+            assert asyncio.get_running_loop().time() < deadline, f"{gone}\n{reference.log()}"
+            await asyncio.sleep(0.05)
         yield workers
 
 
@@ -597,7 +599,7 @@ DIFFERENCES: dict[str, tuple[dict[str, float], str]] = {
 
 @pytest.mark.parametrize("name", STEPS)
 async def test_a_step_counts_the_same(root: Path, port: int, reference: Peer, tmp_path: Path, name: str) -> None:
-    async with both(root, port, tmp_path) as (theirs, ours):
+    async with both(reference, root, port, tmp_path) as (theirs, ours):
         there, here = await asyncio.gather(done(theirs, name), done(ours, name))
     assert here or there or name == "a_path_that_nobody_serves", "the step has no effect"
     expected, _ = DIFFERENCES.get(name, ({}, ""))
@@ -642,8 +644,8 @@ async def test_the_pages_have_the_same_families_labels_and_buckets(tmp_path: Pat
     root.mkdir()
     own.mkdir()
     port = free_port()
-    with peer("peer_scraped.py", root, DYN_SYSTEM_PORT=str(port), **LIMITS):
-        async with both(root, port, own) as (theirs, ours):
+    with peer("peer_scraped.py", root, DYN_SYSTEM_PORT=str(port), **LIMITS) as process:
+        async with both(process, root, port, own) as (theirs, ours):
             for steps in ((), kinds):
                 for name in steps:
                     await asyncio.gather(STEPS[name](theirs), STEPS[name](ours))
