@@ -112,6 +112,7 @@ class ServerStream(Sender):
         self.dead = True
         self._session.streams.pop(self.number, None)
         self._end_inputs()
+        self.credited()  # who waits for leave to send: the stream is forgotten here, nobody else will tell
 
     def _end_inputs(self) -> None:
         inputs, self.inputs = self.inputs, None
