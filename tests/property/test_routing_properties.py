@@ -153,11 +153,17 @@ class Marks(RuleBasedStateMachine):
 
     def check(self, excluded: set[int]) -> None:
         full = [n for n in self.ids if n not in self.draining and (n in self.busy or self.now < self.overloaded.get(n, 0.0))]
+        refused = [n for n in full if n not in self.busy and n not in excluded]
         open_ = [n for n in self.ids if n not in self.draining and n not in full and n not in excluded]
         until = {n: self.inhibited[n][0] for n in open_ if self.now < self.inhibited.get(n, (0.0, 0.0))[0]}
         free = [n for n in open_ if n not in until and n not in self.suspect]
         suspects = [n for n in open_ if n not in until and n in self.suspect]
         request = RouteRequest(excluded=excluded) if excluded else ANYWHERE
+        if not open_ and refused:
+            (candidate,) = self.availability.free(self.now, request)
+            assert self.overloaded[candidate.instance_id] == min(self.overloaded[n] for n in refused)
+            assert candidate.instance_id in refused
+            return
         if not open_:
             with pytest.raises(Overloaded if full else Unavailable):
                 self.availability.free(self.now, request)

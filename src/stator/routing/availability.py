@@ -1,10 +1,11 @@
 """Which instances may be chosen now, and why not the others.
 
-    discovered ─ draining ─▶ routable ─ overloaded, busy ─▶ open ─ inhibited, suspect ─▶ free
+    discovered ─ draining, busy ─▶ open ─ overloaded, inhibited, suspect ─▶ free
 
-Draining and overload are facts: such an instance is not chosen. Inhibition (it failed) and suspicion (it is silent) are
-preferences: when no other instance is left, the suspects are used, then the one whose inhibition ends first, so that a
-blip with a single worker is no outage (`design.md §5`).
+Draining and busy are facts: such an instance is not chosen. Suspicion (it is silent), inhibition (it failed) and overload (it
+refused a request not long ago) are preferences: when no other instance is left, the suspects are used, then the one whose inhibition
+ends first, so that a blip with a single worker is no outage (`design.md §5`), then the overloaded ones, oldest refusal first, so that
+nothing is refused while a slot is free that somebody else gave back.
 
 Choosing happens far more often than anything changes, so the answer is a tuple kept until a mark is set or runs out.
 """
@@ -72,12 +73,13 @@ class Availability:
         self._free: tuple[Candidate, ...] = ()
         self._suspects: list[Candidate] = []
         self._inhibited: list[Candidate] = []
+        self._overloaded: list[Candidate] = []
         self._stale_at = _ALWAYS_STALE
 
     # -- choosing
 
     def free(self, now: float, request: RouteRequest = ANYWHERE) -> tuple[Candidate, ...]:
-        """The candidates for `request`, never empty. A request with a target gets that one, even if it is inhibited or suspect.
+        """The candidates for `request`, never empty. A request with a target gets that one, even if it is inhibited, suspect or overloaded.
 
         Raises `Unavailable` when nobody is there or all were tried, `Overloaded` when capacity is what is missing, and
         `ConnectFailed` for a target that is not discovered.
@@ -129,7 +131,7 @@ class Availability:
         self._stale_at = _ALWAYS_STALE
 
     def mark_overloaded(self, instance_id: int, now: float, *, seconds: float | None = None) -> None:
-        """It refused at capacity: leave it alone for `seconds` (default: the setting)."""
+        """It refused at capacity: prefer others for `seconds` (default: the setting)."""
         if (marks := self._marks_of(instance_id)) is not None:
             marks.overloaded_until = now + (self._config.overloaded_for if seconds is None else seconds)
 
@@ -220,10 +222,10 @@ class Availability:
         marks = self._marks.get(instance_id)
         if marks is not None and marks.draining:
             return "draining", None
-        if marks is not None and now < marks.overloaded_until:
-            return "overloaded", marks.overloaded_until
         if instance_id in self._busy:
             return "busy", None
+        if marks is not None and now < marks.overloaded_until:
+            return "overloaded", marks.overloaded_until
         if marks is not None and now < marks.inhibited_until:
             return "inhibited", marks.inhibited_until
         if marks is not None and marks.suspect:
@@ -235,6 +237,7 @@ class Availability:
         free: list[Candidate] = []
         suspects: list[Candidate] = []
         inhibited: list[tuple[float, int, Candidate]] = []
+        overloaded: list[tuple[float, int, Candidate]] = []
         stale_at = math.inf
         marks, busy = self._marks, self._busy
         for order, (instance_id, candidate) in enumerate(self._candidates.items()):
@@ -250,11 +253,15 @@ class Availability:
                 suspects.append(candidate)
             elif state == "inhibited" and until is not None:
                 inhibited.append((until, order, candidate))
+            elif state == "overloaded" and until is not None:
+                overloaded.append((until, order, candidate))
         inhibited.sort()
+        overloaded.sort()
         self._suspects = suspects
         self._inhibited = [candidate for _, _, candidate in inhibited]
+        self._overloaded = [candidate for _, _, candidate in overloaded]
         self._free = tuple(free)
-        self._usable = tuple(free or suspects or self._inhibited[:1])
+        self._usable = tuple(free or suspects or self._inhibited[:1] or self._overloaded[:1])
         self._stale_at = stale_at
 
     def _without(self, excluded: AbstractSet[int]) -> tuple[Candidate, ...]:
@@ -262,7 +269,10 @@ class Availability:
         for group in (self._free, self._suspects):
             if left := tuple(candidate for candidate in group if candidate.instance_id not in excluded):
                 return left
-        return tuple(candidate for candidate in self._inhibited if candidate.instance_id not in excluded)[:1]
+        for candidate in (*self._inhibited, *self._overloaded):
+            if candidate.instance_id not in excluded:
+                return (candidate,)
+        return ()
 
     def _target(self, instance_id: int, now: float, excluded: AbstractSet[int]) -> Candidate:
         candidate = self._candidates.get(instance_id)
@@ -273,7 +283,7 @@ class Availability:
         state, until = self._state(instance_id, now)
         if state == "draining":
             raise Unavailable(f"instance_id={instance_id} of endpoint {self._endpoint} is draining", instance=instance_id)
-        if state in ("overloaded", "busy"):
+        if state == "busy":
             wait = _wait_text(until, now)
             raise Overloaded(f"instance_id={instance_id} of endpoint {self._endpoint} is busy; {wait}", instance=instance_id)
         return candidate
