@@ -8,11 +8,9 @@ from stator.dynamo.errors import InvalidType
 from stator.dynamo.metadata import ContextMetadata, strings
 from stator.dynamo.span import SpanProxy
 from stator.runtime import Context as StatorContext
-from stator.telemetry import TraceContext, continue_trace
+from stator.telemetry import TraceContext
 
 __all__ = ["Context"]
-
-_NOT_ASKED: Any = object()
 
 
 class Context:
@@ -21,7 +19,7 @@ class Context:
     A call made with a context has its id and metadata, and is stopped with it. Its methods may be called from any thread.
     """
 
-    __slots__ = ("_inner", "_loop", "_trace")
+    __slots__ = ("_inner", "_loop")
 
     def __init__(self, id: str | None = None, metadata: dict[str, str] | None = None) -> None:
         """`id` is the request id, a new UUID by default; `metadata` is copied. Raises `TypeError` for anything but texts."""
@@ -33,7 +31,6 @@ class Context:
     def _bind(self, inner: StatorContext, loop: asyncio.AbstractEventLoop | None) -> None:
         self._inner = inner
         self._loop = loop
-        self._trace: TraceContext | None = _NOT_ASKED
 
     @classmethod
     def of(cls, inner: StatorContext) -> "Context":
@@ -113,9 +110,7 @@ class Context:
 
     @property
     def _span(self) -> TraceContext | None:
-        if self._trace is _NOT_ASKED:
-            self._trace = continue_trace(self._inner.headers)
-        return self._trace
+        return self._inner.trace
 
     @property
     def trace_id(self) -> str | None:

@@ -52,6 +52,9 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
         str, Setting(doc="what most names of the frontend's metrics begin with", dyn="DYN_METRICS_PREFIX")
     ] = FRONTEND_PREFIX
     max_requests: Annotated[int, Setting(doc="requests answered at one time; more are refused as overloaded", ge=1)] = 4096
+    burst: Annotated[
+        int, Setting(doc="requests that begin in one turn of the event loop; the others of a burst follow in order", ge=1)
+    ] = 16
     max_choices: Annotated[int, Setting(doc="choices of one request: n times the number of prompts", ge=1)] = 2048
     overload_status: Annotated[
         int, Setting(doc="HTTP status of an overload", dyn="DYN_HTTP_OVERLOAD_STATUS_CODE", ge=400, le=599)

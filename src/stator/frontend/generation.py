@@ -61,6 +61,7 @@ class Generation:
         ticket.trace = self._state.log.trace_of(http.headers)
         self._state.admit(ticket)
         try:
+            await self._state.turnstile.enter()
             return await self._answer(http, ticket)
         except asyncio.CancelledError as cancelled:
             error = ticket.recover(cancelled)

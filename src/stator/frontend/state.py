@@ -14,6 +14,7 @@ from stator.frontend.body import BodyReader
 from stator.frontend.config import FrontendConfig
 from stator.frontend.metrics import FrontendMetrics
 from stator.frontend.ticket import Ticket
+from stator.frontend.turnstile import Turnstile
 from stator.llm.served import ModelSource
 from stator.tasks import DeadlineWheel, Scope
 from stator.telemetry import RequestLog
@@ -41,6 +42,7 @@ class FrontendState:
         self.log = RequestLog(clock)
         self.scope = Scope("frontend")
         self.bodies = BodyReader(config)
+        self.turnstile = Turnstile(config.burst)
         self.draining = False
         self.running: dict[str, Ticket] = {}
         """requests to the models, by id"""

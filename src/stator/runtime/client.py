@@ -219,7 +219,7 @@ class Client:
         if context is not None:
             id = context.id if id is None else id
             metadata = context.metadata if metadata is None else metadata
-            headers = context.headers if headers is None else headers
+            headers = context.outgoing_headers() if headers is None else headers
             if context.deadline is not None:
                 patience = patience.within(max(context.deadline - self._services.wheel.now(), _AT_ONCE))
         if id is not None:

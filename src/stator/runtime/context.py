@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from stator.errors import UsageError
+from stator.telemetry.trace import TraceContext, continue_trace, outgoing_headers
 
 __all__ = ["Context"]
 
@@ -19,7 +20,7 @@ class Context:
     handler at its next await.
     """
 
-    __slots__ = ("_children", "_killed", "_on_end", "_stopped", "_waiter", "deadline", "headers", "id", "metadata")
+    __slots__ = ("_children", "_killed", "_on_end", "_stopped", "_trace", "_waiter", "deadline", "headers", "id", "metadata")
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Context:
         self.metadata = metadata if metadata is not None else {}
         self.headers = headers if headers is not None else {}
         self.deadline = deadline
+        self._trace: TraceContext | None = None
         self._stopped = False
         self._killed = False
         self._children: list[Context] | None = None
@@ -42,6 +44,17 @@ class Context:
     def __repr__(self) -> str:
         state = "killed" if self._killed else "stopped" if self._stopped else "running"
         return f"<Context {self.id} {state}>"
+
+    @property
+    def trace(self) -> TraceContext | None:
+        """The request's own span in its caller's trace; None if the caller sent none. Made when first asked for."""
+        if self._trace is None and self.headers:
+            self._trace = continue_trace(self.headers)
+        return self._trace
+
+    def outgoing_headers(self) -> dict[str, str]:
+        """What calls made for this request carry: their spans are below its own."""
+        return outgoing_headers(self.headers, self.trace) if self.headers else {}
 
     @property
     def is_stopped(self) -> bool:
@@ -91,6 +104,7 @@ class Context:
         child = Context(
             self.id if id is None else id, metadata=dict(self.metadata), headers=dict(self.headers), deadline=self.deadline
         )
+        child._trace = self.trace  # the same request in this process: the same span
         if self._killed:
             child.kill()
         elif self._stopped:

@@ -104,7 +104,7 @@ class ResponseStream:
         self._inbox: Inbox | None = None
         self._iterator: AsyncIterator[Any] | None = None
         self._calls = services.meter.calls
-        self._now = services.wheel.now
+        self._now = services.clock.monotonic
         self._mark = self._now()
         self._deadline = 0.0
         self._entered = False

@@ -181,7 +181,9 @@ class ServedEndpoint:
 
     async def _reconcile(self) -> None:
         """Make discovery say what is wanted now. Raises what discovery raises; the wish stands."""
-        discovery, key = self._services.discovery, self.record.key
+        if self._record is None:  # it never got as far as discovery
+            return
+        discovery, key = self._services.discovery, self._record.key
         async with self._listing:
             if self._reasons:
                 if self._listed:

@@ -268,7 +268,7 @@ class Serving:
         if request.sent_ns:
             meter.sent(request.sent_ns)
         if meter.log.debugging:
-            meter.log.received(request.id, meter.endpoint, meter.instance, request.headers)
+            meter.log.received(request.id, meter.endpoint, meter.instance, context.headers, context.trace)
 
     def _refused(self, context: _Running, error: BaseException) -> StatorError:
         """The handler could not even be called."""
@@ -323,6 +323,7 @@ class Serving:
             outcome,
             "" if error is None else error.code,
             context.headers,
+            context.trace if context.headers else None,
         )
 
     def _count_cancelled(self, context: _Running) -> None:
@@ -361,8 +362,8 @@ class Serving:
         self._draining = True
 
     def resume(self) -> None:
-        """Take new requests again."""
-        self._draining = False
+        """Take new requests again. After `aclose` there is no way back."""
+        self._draining = self._requests.closed
 
     async def idle(self) -> None:
         """Wait until no request is running or waiting. The caller sets the deadline; cancelling changes nothing."""
