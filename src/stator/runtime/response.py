@@ -330,7 +330,8 @@ class ResponseStream:
             self._attempts = self._route.attempts()
         if isinstance(error, EngineError) and error.kind == "EngineShutdown":  # nothing was delivered: as good as a lost worker
             error = Disconnected(error.message)
-        charged = not isinstance(error, Unavailable)
+        left = self.instance_id not in self._view.records  # an orderly end, too: all that waited there goes elsewhere, once
+        charged = not left and not isinstance(error, Unavailable)
         return self._attempts.again(self.instance_id, error, self._services.wheel.now(), charged=charged)
 
     def _judge(self, error: StatorError, *, delivered: bool) -> None:
