@@ -32,6 +32,7 @@ class _Running(Context):
     """The context of a request from its arrival to its end; it waits for a slot, then a task answers it."""
 
     __slots__ = (
+        "answered",
         "arrived",
         "began",
         "first",
@@ -56,6 +57,8 @@ class _Running(Context):
         """when it had its slot"""
         self.first = 0.0
         """when its handler had been called"""
+        self.answered = False
+        """whether its handler's answer was ended; clean-up may follow"""
         self.over = False
         """whether it was counted"""
         self.sour = False
@@ -106,6 +109,12 @@ class _Running(Context):
         if not self.started:  # the task will not run
             self.serving.account(self, "cancelled", slot=True)
         self.task.cancel()
+
+    def end(self, error: StatorError | None) -> None:
+        """End the answer, once: a handler that was left behind may come back to its end."""
+        if not self.answered:
+            self.answered = True
+            self.responder.end(error)
 
     def unreachable(self) -> None:
         """No way to the client could be made."""
@@ -253,7 +262,7 @@ class Serving:
             except (Exception, SystemExit) as error:
                 failure = _failure(error)
                 logger.warning("request %s of %s failed in its handler", context.id, self._name, exc_info=error)
-            responder.end(failure)
+            context.end(failure)
             context.sour = type(item) is Annotated and item.event == "error"
             outcome = "cancelled" if context.is_stopped else "ok" if failure is None else "error"
             if failure is not None:
@@ -393,8 +402,8 @@ class Serving:
         self._refuse_unstarted()
         await self._requests.aclose()
         for context in self._requests.subjects():
-            context.responder.end(_shutdown())
-            self.account(context, "error", slot=True)
+            context.end(_shutdown())
+            self.account(context, "cancelled" if context.is_stopped else "error", slot=True)
             context.kill()
 
     def _refuse_unstarted(self) -> None:
@@ -404,7 +413,7 @@ class Serving:
             context.responder.start()
             self._refuse(context, slot=False)
         for context in self._requests.subjects():
-            if not context.started:
+            if not context.started and not context.over:
                 self._refuse(context, slot=True)
 
     def _refuse(self, context: _Running, *, slot: bool) -> None:
