@@ -336,7 +336,6 @@ def life(*steps: str) -> ServingLife:
         ("open", "kill_all", "kill_all"),  # refused twice
         ("open lingering", "turn", "close", "pass time"),  # ended when it was left behind, and when it came back
         ("open stubborn", "turn", "close", "pass time", "return"),
-        ("open lingering", "turn", "raise", "close", "pass time"),  # ended by its error, and while it cleaned up
         ("open stubborn", "turn", "stop", "close", "pass time"),  # stopped by its caller: cancelled, not broken
     ],
 )

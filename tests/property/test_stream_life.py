@@ -2,7 +2,7 @@
 in every order, several at once, over a network that carries bytes when hypothesis says so. The model is `stator.testing.stream_life`.
 
 From each state that is reached there is a way out: handlers that end, callers that stop or kill, a cut. After any of them both sides have
-come to one end, and nothing is left in planes, budgets, wheel and network.
+come to one end, and nothing is left in planes, budgets, wheel and network. While both sides read, all that was sent arrives.
 
 What bytes and windows are is not seen here: `test_native_session`, `test_native_conversations`, `test_compatible_wire`.
 """
@@ -49,7 +49,7 @@ WORKERS = ["start"] + ["accept"] * 4 + ["send"] * 6 + ["hear"] * 4 + ["end", "fa
 NETWORK = ["turn"] * 4 + ["carry"] * 6 + ["settle"] * 4 + ["dials wait", "dials go on"]
 CUTS = ["cut", "cut at the caller", "cut at the worker", "leave discovery"]
 WAYS_OUT = ["all end", "all stop", "all kill", "all cut"]
-EVENTS = BEGINNINGS * 2 + CALLERS * 4 + WORKERS * 4 + NETWORK * 3 + CUTS + WAYS_OUT
+EVENTS = BEGINNINGS * 2 + CALLERS * 4 + WORKERS * 4 + NETWORK * 3 + CUTS + WAYS_OUT + ["flow"] * 2
 """what may happen, as often as it shall"""
 
 
@@ -181,6 +181,8 @@ class Life(RuleBasedStateMachine):
         """One thing. `number` chooses the request, or the connection; `size` is of a request or an item, `chunk` of what is carried."""
         if what in WAYS_OUT:
             self.leave(what)
+        elif what == "flow":
+            self.flow()
         elif what in NETWORK or what in CUTS:
             self.network(what, number, chunk)
         elif what in BEGINNINGS or not self.stories:
@@ -279,6 +281,25 @@ class Life(RuleBasedStateMachine):
 
     # -- ways out
 
+    def flow(self) -> None:
+        """Everybody reads until there is nothing more."""
+        self.loop.hold_dials = False
+        before: list[Any] = []
+        still = 0
+        while still < 3:
+            for story in self.stories:
+                self.loop.act(story.take)
+                if story.call is not None:
+                    self.loop.act(story.call.hear)
+            self.loop.settle()
+            now = [story.progress for story in self.stories]
+            still = still + 1 if now == before else 0
+            before = now
+        self.breaking = False
+        for story in self.stories:
+            story.check_now()
+            story.check_flow()
+
     def leave(self, how: str) -> None:
         """Bring all requests to their end, then begin anew."""
         loop = self.loop
@@ -327,6 +348,7 @@ class Life(RuleBasedStateMachine):
         if not hasattr(self, "road"):
             return
         try:
+            self.flow()
             self.leave("all end")
             for plane in (self.road.client, self.road.server):
                 self.loop.finish(plane.aclose())

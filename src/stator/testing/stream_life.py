@@ -7,6 +7,7 @@ were told; `Story.check` and `Call.check` say, once nothing moves any more, whet
 - one end at each side; a caller's error is the worker's, or the caller's own kill, or follows from a cut
 - a worker is told `stop` or `kill` only if its caller did that, or was cut off
 - inputs likewise, the other way round; their end is no cancellation
+- while both sides read, nobody waits for leave to send
 """
 
 import asyncio
@@ -177,6 +178,24 @@ class Story:
         if self.call is not None:
             self.call.check_now()
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Items read and inputs heard; grows as long as something flows."""
+        return len(self.read), len(self.call.heard) if self.call is not None else 0
+
+    def check_flow(self) -> None:
+        """What holds once both sides have read all they can get and nothing moves any more, while the request goes on."""
+        if self.ended or self.cut:
+            return
+        call = self.call
+        assert call is not None, f"{self.id} has not reached its worker"
+        if call.accepted and not call.over:
+            assert self.arrived == call.sent
+            assert call.may_send_soon, "all was read, and the handler may send nothing"
+            if self.talks and not self.stopped:
+                assert call.heard == self.inputs and call.heard_all == self.inputs_over
+                assert self._leave is None or self._leave.done(), "all was heard, and the caller may send nothing"
+
     def check(self) -> None:
         """What holds once nothing moves any more and the request is over."""
         assert self.ended, f"{self.id} has no end"
@@ -294,6 +313,11 @@ class Call:
         elif self._ready is None or self._ready.done():
             self._ready = self._loop.create_task(self._wait_for_room())
 
+    @property
+    def may_send_soon(self) -> bool:
+        """Whether it is not kept waiting."""
+        return self._ready is None or self._ready.done()
+
     async def _wait_for_room(self) -> None:
         await self.responder.ready()
         self._room = True
@@ -338,7 +362,7 @@ class Call:
     def check(self) -> None:
         """What holds once nothing moves any more and the request is over."""
         assert self.over, f"the worker of {self.story.id} does not know its end"
-        assert self._ready is None or self._ready.done(), "a handler waits for leave to send"
+        assert self.may_send_soon, "a handler waits for leave to send"
         if self.story.talks:
             assert self._body.ended
             assert self._hearing is None or self._hearing.done(), "a handler waits for an input"
