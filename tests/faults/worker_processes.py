@@ -63,7 +63,7 @@ class Site:
         return worker
 
     def recorded(self, worker: WorkerProcess) -> bool:
-        """Whether its record is in the directory right now: not what somebody has heard of it."""
+        """Whether its record is in the directory right now: not what somebody has heard of it. Reads the disk."""
         return any(f"{worker.id:x}" in path.name for path in (self.root / "v1" / "instances").iterdir())
 
 

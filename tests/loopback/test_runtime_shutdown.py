@@ -74,6 +74,19 @@ async def test_finishing_has_a_limit(cluster: Cluster) -> None:
     assert caught.value.kind == "EngineShutdown"
 
 
+async def test_killing_everything_says_that_the_worker_shuts_down(cluster: Cluster) -> None:
+    """It was not the caller who killed."""
+    worker = await cluster.worker(Slow())
+    client = await cluster.client()
+    async with client.generate(None) as stream:
+        assert await anext(stream) == "first"
+        worker.served.kill_all()
+        with pytest.raises(EngineError) as caught:
+            await anext(stream)
+    assert caught.value.kind == "EngineShutdown"
+    await asyncio.wait_for(worker.served.idle(), 5)
+
+
 async def test_finishing_may_be_cut_short(cluster: Cluster) -> None:
     slow = Slow()
     worker = await cluster.worker(slow)

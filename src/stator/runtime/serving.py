@@ -145,6 +145,7 @@ class Serving:
         self._bidirectional = bidirectional
         self._name = name
         self._draining = False
+        self._ending = False
         self._admission = admission or Admission(AdmissionConfig())
         self._meter = meter or EndpointMeter.unlisted(EndpointId.parse(name), SystemClock(), self._admission)
         self._waiting: set[_Running] = set()
@@ -255,7 +256,7 @@ class Serving:
                     if not send(item):
                         await responder.ready()
                         if context.is_killed:  # and the handler did not let itself be cancelled
-                            failure = Cancelled("killed by the caller")
+                            failure = self._killed()
                             break
             except asyncio.CancelledError as error:
                 failure = self._cancelled(context, error)
@@ -349,11 +350,13 @@ class Serving:
             meter.failed(WorkError.PUBLISH_FINAL if heeded else WorkError.PUBLISH_RESPONSE)
 
     def _cancelled(self, context: Context, error: asyncio.CancelledError) -> StatorError:
-        if context.is_killed:
-            return Cancelled("killed by the caller")
-        if self._requests.closed:
-            return _shutdown()
+        if context.is_killed or self._requests.closed:
+            return self._killed()
         return engine_error(error)
+
+    def _killed(self) -> StatorError:
+        """Why a request was ended: whoever still listens did not do it."""
+        return _shutdown() if self._ending or self._requests.closed else Cancelled("killed by the caller")
 
     async def _close(self, stream: AsyncIterator[Any], request_id: str) -> None:
         """Run the handler's own clean-up, bounded."""
@@ -372,6 +375,7 @@ class Serving:
 
     def resume(self) -> None:
         """Take new requests again. After `aclose` there is no way back."""
+        self._ending = False
         self._draining = self._requests.closed
 
     async def idle(self) -> None:
@@ -388,7 +392,8 @@ class Serving:
         return self._generate(only_input(payload) if self._bidirectional else payload, Context(request_id))
 
     def kill_all(self) -> None:
-        """Kill what is still running; what has not started is refused."""
+        """Kill what is still running, for the worker shuts down, as callers are told; what has not started is refused."""
+        self._ending = True
         self._refuse_unstarted()
         for context in self._requests.subjects():
             context.kill()
