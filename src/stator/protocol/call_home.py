@@ -91,7 +91,9 @@ def read_prologue(header: bytes, data: Data, *, instance: int = 0) -> StatorErro
     if prologue.error is None:
         return None
     if prologue.typed_error is not None:
-        return from_wire(prologue.typed_error, phase=Phase.PROLOGUE, instance=instance)
+        refusal = from_wire(prologue.typed_error, phase=Phase.PROLOGUE, instance=instance)
+        refusal.phase = refusal.phase or Phase.PROLOGUE.label
+        return refusal
     return ConnectFailed(
         f"the worker failed before the response stream: {prologue.error}", instance=instance, phase=Phase.PROLOGUE.label
     )
