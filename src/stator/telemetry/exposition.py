@@ -6,6 +6,7 @@ A page is read a few times a minute and the numbers change ten thousand times a 
 import math
 from collections.abc import Iterable
 from decimal import Decimal
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ def encode(families: Iterable[MergedFamily]) -> str:
             lines.append(f"# HELP {family.name} {_escape(family.help)}")
         lines.append(f"# TYPE {family.name} {family.kind}")
         for pairs, metric in family.series.items():
-            labels = ",".join([f'{name}="{_escape_value(value)}"' for name, value in pairs])
+            labels = ",".join([_pair_text(name, value) for name, value in pairs])
             if isinstance(metric, Histogram):
                 _encode_histogram(lines, family.name, labels, metric)
             else:
@@ -118,10 +119,22 @@ def encode(families: Iterable[MergedFamily]) -> str:
 def _encode_histogram(lines: list[str], name: str, labels: str, metric: Histogram) -> None:
     before = f"{name}_bucket{{{labels}," if labels else f"{name}_bucket{{"
     cumulated = list(accumulate(metric.counts))
-    for bound, count in zip((*map(number_text, metric.bounds), "+Inf"), cumulated, strict=True):
+    for bound, count in zip(_bound_texts(metric.bounds), cumulated, strict=True):
         lines.append(f'{before}le="{bound}"}} {count}')
     lines.append(f"{name}_sum{_braced(labels)} {number_text(metric.total)}")
     lines.append(f"{name}_count{_braced(labels)} {cumulated[-1]}")
+
+
+@lru_cache(maxsize=256)
+def _bound_texts(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    """The upper ends of all buckets; many histograms have the same."""
+    return (*map(number_text, bounds), "+Inf")
+
+
+@lru_cache(maxsize=4096)
+def _pair_text(name: str, value: str) -> str:
+    """One label; the levels' own are on every line."""
+    return f'{name}="{_escape_value(value)}"'
 
 
 def join_texts(texts: Iterable[str]) -> str:
@@ -145,7 +158,7 @@ def number_text(value: float) -> str:
 
 def label_text(pairs: Pairs) -> str:
     """Labels as on the page, for log lines."""
-    return _braced(",".join(f'{name}="{_escape_value(value)}"' for name, value in pairs))
+    return _braced(",".join(_pair_text(name, value) for name, value in pairs))
 
 
 def _braced(labels: str) -> str:
