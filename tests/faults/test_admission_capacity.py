@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from random import Random
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -145,12 +146,12 @@ async def test_a_refusal_is_quick_and_names_the_limit(plane: str) -> None:
             await filled(worker)
         took: list[float] = []
         for _ in range(40):
-            began = asyncio.get_running_loop().time()
+            began = perf_counter()
             with pytest.raises(
                 Overloaded, match=r"3 requests run \(admission.slots = 3\) and 2 wait \(admission.queue = 2\)"
             ) as no:
                 await client.generate("wait").collect()
-            took.append(asyncio.get_running_loop().time() - began)
+            took.append(perf_counter() - began)
             assert no.value.retryable
         assert median(took) < 0.010 * 5, "10 ms where nothing else runs"
         assert sum(len(desk.handled) for desk in desks) == 6
