@@ -179,6 +179,7 @@ class Life(RuleBasedStateMachine):
     @rule(what=st.sampled_from(EVENTS), number=NUMBERS, size=SIZES, chunk=CHUNKS)
     def happens(self, what: str, number: int, size: int, chunk: int | None) -> None:
         """One thing. `number` chooses the request, or the connection; `size` is of a request or an item, `chunk` of what is carried."""
+        count = 4 if size > 500 or number % 2 else 50  # small items by the dozen: some windows count items, others bytes
         if what in WAYS_OUT:
             self.leave(what)
         elif what == "flow":
@@ -190,12 +191,22 @@ class Life(RuleBasedStateMachine):
                 self.open(what if what in BEGINNINGS else "open", size, talks=bool(number & 1))
             else:
                 self.loop.settle()
-        elif what in CALLERS:
-            self.caller(what, self.stories[number % len(self.stories)], size)
-        else:
-            self.worker(what, self.stories[number % len(self.stories)].call, size)
+        elif number % 3 and what in ("say", "send", "hear"):
+            self.bring_on_the_way(self.stories[number % len(self.stories)])
+        if what in CALLERS and self.stories:
+            self.caller(what, self.stories[number % len(self.stories)], size, count)
+        elif what in WORKERS and self.stories:
+            self.worker(what, self.stories[number % len(self.stories)].call, size, count)
         for story in self.stories:
             story.check_now()
+
+    def bring_on_the_way(self, story: Story) -> None:
+        """Chance alone seldom brings a request so far that something flows."""
+        self.loop.settle()
+        if story.call is not None:
+            self.loop.act(story.call.accept)
+            self.loop.act(lambda: story.say("first"))
+            self.loop.settle()
 
     def open(self, what: str, size: int, *, talks: bool) -> None:
         self.count += 1
@@ -209,12 +220,13 @@ class Life(RuleBasedStateMachine):
         self.loop.act(lambda: story.go(self.road.client.open(self.record, envelope, story.inbox)))
         self.loop.turn()  # as in a caller's own task: nothing comes between the inbox and its opening
 
-    def caller(self, what: str, story: Story, size: int) -> None:
+    def caller(self, what: str, story: Story, size: int, count: int) -> None:
         match what:
             case "take":
                 self.loop.act(story.take)
             case "say":
-                self.loop.act(lambda: story.say([len(story.inputs), "x" * size]))
+                for _ in range(count):
+                    self.loop.act(lambda: story.say([len(story.inputs), "x" * size]))
             case "end inputs":
                 self.loop.act(story.end_inputs)
             case "stop":
@@ -222,7 +234,7 @@ class Life(RuleBasedStateMachine):
             case _:
                 self.loop.act(story.kill)
 
-    def worker(self, what: str, call: Call | None, size: int) -> None:
+    def worker(self, what: str, call: Call | None, size: int, count: int) -> None:
         if call is None:
             self.loop.turn()
             return
@@ -232,7 +244,7 @@ class Life(RuleBasedStateMachine):
             case "accept":
                 self.loop.act(call.accept)
             case "send":
-                for _ in range(4):
+                for _ in range(count):
                     self.loop.act(lambda: call.send([len(call.sent), "x" * size]))
             case "hear":
                 self.loop.act(call.hear)
@@ -422,4 +434,34 @@ def test_a_handler_that_waits_goes_on_when_its_answer_was_ended_and_then_cut() -
     state.happens(what="cut", number=0, size=0, chunk=None)
     state.loop.settle()
     assert call._ready.done()
+    state.teardown()
+
+
+@PLANES
+def test_many_small_items_pass_readers_that_paused(machine: type[Life]) -> None:
+    """More than any window of items or bytes takes, both ways, before anybody reads."""
+    state = life(machine)
+    state.happens(what="open", number=1, size=0, chunk=None)
+    for what in ["settle", "accept", *["say", "settle", "send", "settle"] * 12]:
+        state.happens(what=what, number=4, size=10, chunk=None)
+    story = state.stories[0]
+    assert story.call is not None and len(story.inputs) > 64 and len(story.call.sent) > 64 and not story.read
+    for what in ("flow", "end inputs", "flow"):
+        state.happens(what=what, number=0, size=0, chunk=None)
+    assert story.call.heard_all and len(story.read) == len(story.call.sent)
+    state.teardown()
+
+
+@PLANES
+@pytest.mark.parametrize("ending", ["kill", "stop"])
+def test_a_request_that_has_not_left_can_be_taken_back(machine: type[Life], ending: str) -> None:
+    """The connection is full: what waits behind it is forgotten at once, and the others are not disturbed."""
+    state = life(machine, "open", "settle", "all end")
+    for _ in range(3):
+        state.happens(what="open", number=0, size=70_000, chunk=None)
+    state.happens(what=ending, number=2, size=0, chunk=None)
+    state.happens(what="flow", number=0, size=0, chunk=None)
+    first, second, third = state.stories
+    assert first.call is not None and second.call is not None
+    assert third.ended or (third.call is not None and third.call.stopped)  # where it leaves at once, the stop follows it
     state.teardown()
