@@ -13,6 +13,7 @@ from benchmarks.children import ROOT, Child, ChildFailed, child_environment
 __all__ = [
     "FLOOR",
     "NATIVE_TCP",
+    "QUIET",
     "REFERENCES",
     "REFERENCE_ENVIRONMENT",
     "RUNTIMES",
@@ -33,11 +34,14 @@ REFERENCE_ENVIRONMENT = {
     "DYN_TCP_RPC_HOST": "127.0.0.1",
     "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
     "DYN_TCP_WORKER_POOL_SIZE": "20000",
-    "DYN_LOG": "error",
+    "DYN_LOG": "info",
+    "DYN_SYSTEM_PORT": "0",
+    "DYN_SYSTEM_HOST": "127.0.0.1",
 }
 """The reference without any server, on loopback; `{directory}` is the session's own.
 
-Its worker runs 10 000 requests at once unless told otherwise, and the question about idle streams asks for one more.
+It logs as it does by default, a line when a request comes and one when it ends, and shows health and metrics. Its worker runs 10 000
+requests at once unless told otherwise, and the question about idle streams asks for one more.
 """
 
 STATOR_ENVIRONMENT = {
@@ -45,8 +49,12 @@ STATOR_ENVIRONMENT = {
     "STATOR_FILE_ROOT": "{directory}/discovery",
     "DYN_TCP_WORKER_POOL_SIZE": "20000",
     "XDG_RUNTIME_DIR": "{directory}",
+    "STATOR_LOG": "info",
+    "STATOR_HEALTH_PORT": "0",
 }
-"""Stator with discovery and sockets in the session's own directory, and as many slots as the reference gets."""
+"""Stator with discovery and sockets in the session's own directory, as many slots as the reference gets, a line for each request,
+health and metrics.
+"""
 
 
 class Contender(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +104,10 @@ def _stator(name: str, label: str, **settings: str) -> Contender:
 
 REFERENCES = (_reference("1.3.1", ".venv-reference"), _reference("1.6.1", ".venv-reference-1.6.1"))
 NATIVE_TCP = _stator("stator-native-tcp", "Stator native, TCP only", STATOR_PLANE="native", STATOR_NATIVE_UNIX="false")
+QUIET = (
+    _stator("stator-native-quiet", "Stator native, logs off", STATOR_PLANE="native", STATOR_LOG="error"),
+    _stator("stator-compatible-quiet", "Stator compatible, logs off", STATOR_PLANE="compatible", STATOR_LOG="error"),
+)
 RUNTIMES = (
     FLOOR,
     *REFERENCES,
@@ -103,6 +115,7 @@ RUNTIMES = (
     _stator("stator-native", "Stator native", STATOR_PLANE="native"),
     NATIVE_TCP,
     _stator("stator-compatible", "Stator compatible", STATOR_PLANE="compatible"),
+    *QUIET,
 )
 
 

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.children import ChildFailed
-from benchmarks.contenders import FLOOR, NATIVE_TCP, RUNTIMES, Contender, choose, start
+from benchmarks.contenders import FLOOR, NATIVE_TCP, QUIET, RUNTIMES, Contender, choose, start
 from benchmarks.report import Plan, Report, Row, Samples, Target
 
 __all__ = ["answer"]
@@ -31,7 +31,7 @@ _METHOD = (
 
 def answer(plan: Plan) -> Report:
     """Measure all chosen contenders."""
-    contenders = [contender for contender in choose(RUNTIMES, plan.contenders) if contender not in (FLOOR, NATIVE_TCP)]
+    contenders = [contender for contender in choose(RUNTIMES, plan.contenders) if contender not in (FLOOR, NATIVE_TCP, *QUIET)]
     samples, unavailable = Samples(), dict[str, str]()
     for repeat in range(min(plan.repeats, _MOST_REPEATS)):
         for contender in contenders:

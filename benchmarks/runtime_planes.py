@@ -101,7 +101,8 @@ _METHOD = (
     "Processes of one host speak the native plane over a Unix socket unless told not to; a column of its own has it over TCP.",
     "The floor exchanges the same bytes over one TCP connection, made in advance, without encoding, decoding or scheduling.",
     "A paced step wakes all streams at once every 20 ms; CPU is the process time of both processes, all threads.",
-    "Reference 1.6.1 writes one log line per request whatever its log level; it goes to a file.",
+    'All runtimes log at `info` to a file, which is a line per request or two, and serve health and metrics; the columns "logs off" '
+    "log at `error`.",
 )
 
 

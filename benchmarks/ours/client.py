@@ -5,6 +5,8 @@ from typing import Any
 import stator
 from benchmarks.handler import ENDPOINT
 from benchmarks.measures import measures_of, obey
+from stator import settings
+from stator.telemetry import LogConfig, configure_logging
 
 
 async def main() -> None:
@@ -20,4 +22,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    configure_logging(settings.load(LogConfig))
     stator.run(main())

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import stator
 from benchmarks.fixed_tokens import MODEL_NAME, FixedTokens
+from stator import settings
 from stator.llm.card import card_from_directory
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
+from stator.telemetry import LogConfig, configure_logging
 from stator.worker import EngineConfig, LLMEngine, Worker, WorkerConfig
 
 
@@ -38,4 +40,5 @@ async def main(model: Path, step: float) -> None:
 
 
 if __name__ == "__main__":
+    configure_logging(settings.load(LogConfig))
     stator.run(main(Path(sys.argv[1]), float(sys.argv[2])))

@@ -2,6 +2,8 @@
 
 import stator
 from benchmarks.handler import ENDPOINT, generate
+from stator import settings
+from stator.telemetry import LogConfig, configure_logging
 
 
 async def main() -> None:
@@ -10,4 +12,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    configure_logging(settings.load(LogConfig))
     stator.run(main())

@@ -30,7 +30,7 @@ async def run_frontend(*, host: str | None, port: int | None, policy: str | None
     """
     config = await asyncio.to_thread(frontend_config, host=host, port=port, insecure_bind=insecure_bind)
     clock = SystemClock()
-    async with Runtime.connect() as runtime, Scope("frontend process") as scope:
+    async with Runtime.connect(health__port=-1) as runtime, Scope("frontend process") as scope:
         if supervised:
             scope.spawn(ended_with_supervisor(runtime.shutdown), name="supervisor")
         async with ModelDirectory.follow(runtime, clock=clock, policy=policy) as directory:

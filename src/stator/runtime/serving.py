@@ -166,10 +166,10 @@ class Serving:
 
     @property
     def progress(self) -> int:
-        """Grows with each item and each request that ends well; what the canary takes for life. What ended with an error item does not
-        count, and is taken off again.
+        """Grows with each item and each request that ends well; what the canary takes for life. The latest item of an answer counts when
+        the next one or the end has shown that it was no error; an answer that ended with an error item is taken off again.
         """
-        return self._good + sum(context.responder.sent_items for context in self._sending())
+        return self._good + sum(max(context.responder.sent_items - 1, 0) for context in self._sending())
 
     def __call__(self, request: IncomingRequest, responder: Responder, /) -> _Running:
         """The sink that planes deliver to (`stator.transports.plane.RequestSink`)."""
@@ -312,13 +312,14 @@ class Serving:
             responder = context.responder
             if not context.sour:
                 self._good += responder.sent_items
-            meter.ended(meter.now() - context.began, responder.sent_bytes)
-        if meter.log.enabled:
-            self._log(context, outcome, error)
+            ended = meter.now()
+            meter.ended(ended - context.began, responder.sent_bytes)
+            if meter.log.enabled:
+                self._log(context, ended, outcome, error)
         if slot:
             self._admission.release()
 
-    def _log(self, context: _Running, outcome: Outcome, error: StatorError | None) -> None:
+    def _log(self, context: _Running, ended: float, outcome: Outcome, error: StatorError | None) -> None:
         meter, responder = self._meter, context.responder
         meter.log.completed(
             context.id,
@@ -327,7 +328,7 @@ class Serving:
             context.arrived,
             context.began,
             context.first,
-            meter.now(),
+            ended,
             responder.sent_items,
             responder.sent_bytes,
             outcome,
