@@ -185,9 +185,12 @@ class Story:
 
     def check_flow(self) -> None:
         """What holds once both sides have read all they can get and nothing moves any more, while the request goes on."""
-        if self.ended or self.cut:
-            return
         call = self.call
+        if self.cut:
+            return
+        if self.ended:
+            assert call is None or call.over or call.waiting, f"the worker of {self.id} goes on for nobody"
+            return
         assert call is not None, f"{self.id} has not reached its worker"
         if call.accepted and not call.over:
             assert self.arrived == call.sent
