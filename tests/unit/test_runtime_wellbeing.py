@@ -153,6 +153,12 @@ async def error_items(request: Any, context: Context) -> AsyncIterator[Any]:
     yield Annotated(event="error", comment=["engine down"])
 
 
+async def error_items_and_a_late_end(request: Any, context: Context) -> AsyncIterator[Any]:
+    yield Annotated(event="error", comment=["engine down"])
+    for _ in range(200):  # half a minute
+        await asyncio.sleep(0)
+
+
 async def raising(request: Any, context: Context) -> AsyncIterator[Any]:
     raise RuntimeError("engine down")
     yield
@@ -174,10 +180,10 @@ async def test_a_handler_that_begins_to_hang_is_found_in_time() -> None:
         assert bench.told == [False, True, False]
 
 
-@pytest.mark.parametrize("answer", [error_items, raising])
+@pytest.mark.parametrize("answer", [error_items, error_items_and_a_late_end, raising])
 async def test_errors_are_no_signs_of_life(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
     """However many requests there are: each of them gets an error."""
-    async with Bench() as bench:
+    async with Bench(slots=100) as bench:
         bench.ask()
         await bench.seconds(1)
         assert bench.state is READY
