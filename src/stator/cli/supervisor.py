@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _GIVE_UP_AFTER = 3
 """starts in a row that end without a word before the child was ever ready"""
 _STABLE_AFTER = 10.0
-"""seconds of life after which the backoff starts over"""
+"""seconds of readiness after which the backoff starts over"""
 _LAST_WORDS = 1.0
 """seconds that what a dead child has written may take to arrive"""
 
@@ -40,6 +40,7 @@ class Child:
         self._told = told
         self._process: asyncio.subprocess.Process | None = None
         self._was_ready = False
+        self._ready_since: float | None = None
         self._failure = ""
 
     @property
@@ -55,11 +56,11 @@ class Child:
         loop = asyncio.get_running_loop()
         failures = 0
         while True:
-            began = loop.time()
+            self._ready_since = None
             status = await self._run_once()
             if ending.is_set():
                 return ""
-            if loop.time() - began > _STABLE_AFTER:
+            if self._ready_since is not None and loop.time() - self._ready_since > _STABLE_AFTER:
                 failures = 0
             failures += 1
             if not self._was_ready:
@@ -69,7 +70,7 @@ class Child:
                     return f"{self.name} ended {failures} times before it was ready, the last time with {_words(status)}"
             delay = backoff.delay(failures - 1, random)
             reason = self._failure or _words(status)
-            self._say(f"died ({reason}); starting again in {delay:.1f} s")
+            self._say(f"died ({reason}); starting again in {delay:.2f} s")
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await ending.wait()
@@ -114,6 +115,7 @@ class Child:
                 continue
             if news.kind is NewsKind.READY:
                 self._was_ready = True
+                self._ready_since = asyncio.get_running_loop().time()
             self._told(self.name, news)
 
     def _say(self, text: str) -> None:

@@ -31,7 +31,7 @@ class RoutingConfig(Config, frozen=True, kw_only=True):
     overloaded_for: Annotated[
         float,
         Setting(
-            doc="how long an instance that refused as overloaded is left alone, unless a request there ends before",
+            doc="how long an instance that refused as overloaded comes last in the choice, unless a request there ends before",
             unit="s",
             gt=0,
         ),
