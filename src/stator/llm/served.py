@@ -48,6 +48,24 @@ class TokenEngine(Protocol):
         """
         ...
 
+    def room(self) -> int | None:
+        """How many more requests the workers can take now, as far as this process knows; None: there is no limit.
+
+        0 when every worker is busy (`llm.monitor`) or carries as many requests as it runs at once; those of this process count. 0 as
+        well when there is no worker.
+        """
+        ...
+
+    def pressure(self) -> str:
+        """Why there is no room, for people: which limit, which value. "" if there is room."""
+        ...
+
+    def on_room(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback`, in the event loop's thread, whenever there may be more room than before: a request ended, a worker is
+        no longer busy, a worker came. Returns what ends it.
+        """
+        ...
+
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of `/v1/models`. `created` is wall time in seconds; `instances()` lists the ids of the workers alive now."""

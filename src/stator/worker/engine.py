@@ -1,18 +1,25 @@
 """What an engine is: `generate` with a life cycle (`spec/45 §1`)."""
 
+import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
 
 from stator.config import Config
+from stator.kv.sources import KvEventSource
 from stator.llm.card import ModelCard
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
 from stator.runtime.context import Context
+from stator.worker.engine_metrics import EngineMetrics
+from stator.worker.snapshot import SnapshotSink
 
-__all__ = ["EngineConfig", "LLMEngine"]
+__all__ = ["EngineCommand", "EngineConfig", "LLMEngine"]
+
+EngineCommand = Callable[[Any], Awaitable[Any]]
+"""a JSON value in (an empty body is `{}`), a JSON value out"""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +39,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int | None = None
     """requests that generate at once"""
     max_num_batched_tokens: int | None = None
+    """tokens of one forward pass"""
+    data_parallel_size: int = 1
+    data_parallel_start_rank: int = 0
     runtime_data: dict[str, Any] | None = None
     """anything else readers of the card may want"""
 
@@ -40,8 +50,11 @@ class LLMEngine(Protocol):
     """Generates tokens. Subclass it to inherit what is optional. A constructor, if there is one, takes one config struct, an
     `options_type`.
 
-    Order of calls: `follow_progress`, `start`, then `generate` and `abort` any number of times, `drain`, `cleanup`. `cleanup`
-    comes exactly once, also after a `start` that raised, never in parallel with it.
+    Order of calls: `follow_progress`, `start`, `register_metrics`, `snapshot_ranks`, `kv_event_sources`,
+    `attach_snapshots`, `controls`, `updates`, `health_payload`, then `generate` and `abort` any number of times while `failed` is waited
+    for, `drain`, `cleanup`. `cleanup` comes exactly once, also after a `start` that raised, never in parallel with it. What the
+    hooks between `start` and `health_payload` raise ends the start as an error of `start` does; a broken `health_payload` only
+    means that there is no canary (`spec/45 §3`).
     """
 
     options_type: ClassVar[type[Config]] = Config
@@ -79,6 +92,46 @@ class LLMEngine(Protocol):
 
         Not called at a normal end. Errors are logged and go no further.
         """
+
+    def register_metrics(self, metrics: EngineMetrics) -> None:
+        """Add metrics of the engine's own to the worker's page."""
+
+    def snapshot_ranks(self) -> Sequence[int]:
+        """The data-parallel ranks that will publish snapshots, the same at each call; empty: none, and `attach_snapshots` is not called."""
+        return ()
+
+    def attach_snapshots(self, sink: SnapshotSink) -> None:
+        """Keep `sink` and publish through it whenever the scheduler knows something new, from any thread, until `cleanup`."""
+
+    def kv_event_sources(self) -> Sequence[KvEventSource]:
+        """Where the KV events of each rank come from, the same ranks at each call."""
+        return ()
+
+    def health_payload(self) -> Mapping[str, Any] | None:
+        """A small request that the canary may send; it is marked with `_HEALTH_CHECK`. None: a request for one token, greedy.
+
+        Return `{}` for no canary at all.
+        """
+        return None
+
+    def controls(self) -> Mapping[str, EngineCommand]:
+        """Commands under `/engine/control/` of the status server. `sleep`, `pause_generation` and `release_memory_occupation` are called
+        after the endpoint has left discovery; `wake_up`, `resume_generation` and `resume_memory_occupation` bring it back when they
+        succeed: an answer without `"status": "error"` and without `"success": false` (`spec/45 §11`).
+        """
+        return {}
+
+    def updates(self) -> Mapping[str, EngineCommand]:
+        """Commands under `/engine/update/`."""
+        return {}
+
+    async def failed(self) -> str:
+        """Return in a few words why, once the engine can generate no more (its process died, its loop crashed). Cancelled at the end.
+
+        The worker then leaves discovery at once, reports itself sick and ends. The default never returns.
+        """
+        await asyncio.Event().wait()
+        return ""
 
     async def drain(self) -> None:
         """No new requests will come and those running have ended or are about to be killed: finish what outlives requests."""
