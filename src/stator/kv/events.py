@@ -3,6 +3,7 @@
 The structs have the shape of the wire, keys in its order, None written as nil: they may stand in larger messages, msgpack or JSON.
 """
 
+from operator import index
 from typing import Annotated, Literal
 
 import msgspec
@@ -39,8 +40,9 @@ _MASK = 2**64 - 1
 def unsigned(value: int) -> int:
     """A 64-bit number as it travels: engines hash to signed ones, the wire has the same bits unsigned.
 
-    Raises ValueError for a number that does not fit 64 bits, TypeError for what is no number.
+    Raises ValueError for a number that does not fit 64 bits, TypeError for what is no whole number.
     """
+    value = index(value)
     if not -(2**63) <= value <= _MASK:
         raise ValueError(f"a block hash has 64 bits, got {value}")
     return value & _MASK
