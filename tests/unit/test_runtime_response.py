@@ -22,6 +22,7 @@ from stator.errors import (
     Unavailable,
     UsageError,
 )
+from stator.events import EventHost, EventsConfig, MemoryEvents, MemoryEventsConfig
 from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.records import EndpointRecord
@@ -56,10 +57,15 @@ class World:
         self.wheel = DeadlineWheel(asyncio.get_running_loop(), now=self.clock.monotonic)
         self.plane = FakePlane("native")
         random = Random(1)
+        discovery = MemoryDiscovery(MemoryStore(), clock=self.clock, random=random)
+        events = MemoryEvents(
+            MemoryEventsConfig(), host=EventHost(discovery=discovery, clock=self.clock, random=random, config=EventsConfig())
+        )
         self.services = Services(
             config=RuntimeConfig(**settings),
             routing=routing,
-            discovery=MemoryDiscovery(MemoryStore(), clock=self.clock, random=random),
+            discovery=discovery,
+            events=events,
             network=Network(PlaneChoice(planes=(self.plane,), fall_back=False), fake_host(self.wheel), retry=30.0),
             wheel=self.wheel,
             scope=Scope("test"),

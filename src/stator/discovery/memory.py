@@ -1,9 +1,9 @@
 """Discovery inside one process: several runtimes that share a `MemoryStore`. For tests and single-process set-ups."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 from types import MappingProxyType, TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from stator.clock import Clock
 from stator.config import Config
@@ -15,6 +15,9 @@ from stator.errors import UsageError
 from stator.protocol.records import ModelRecord, Query, Record, RecordKey
 
 __all__ = ["MemoryDiscovery", "MemoryDiscoveryConfig", "MemoryStore", "open_memory"]
+
+
+T = TypeVar("T")
 
 
 class MemoryDiscoveryConfig(Config, frozen=True, kw_only=True):
@@ -29,6 +32,13 @@ class MemoryStore:
     def __init__(self) -> None:
         self.records: dict[RecordKey, Record] = {}
         self._views: set[View] = set()
+        self._shared: dict[Callable[[], Any], Any] = {}
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """The cluster's one `make()`, made at the first call: what other rooms' in-memory parts meet at (`stator.events.memory`)."""
+        if make not in self._shared:
+            self._shared[make] = make()
+        return self._shared[make]
 
     def attach(self, view: View) -> None:
         """Keep `view` up to date from now on."""
@@ -64,6 +74,11 @@ class MemoryDiscovery:
     @property
     def instance_id(self) -> int:
         return self._instance_id
+
+    @property
+    def store(self) -> MemoryStore:
+        """The cluster it belongs to."""
+        return self._store
 
     @property
     def status(self) -> DiscoveryStatus:

@@ -10,6 +10,9 @@ from typing import Literal, Protocol, Self
 
 import msgspec
 
+from stator.errors import UsageError
+from stator.protocol.event_frame import Event
+
 __all__ = [
     "Channel",
     "Event",
@@ -31,6 +34,13 @@ class Channel(msgspec.Struct, frozen=True, order=True, kw_only=True):
     component: str = ""
     topic: str
 
+    def __post_init__(self) -> None:
+        if not self.namespace or not self.topic:
+            raise UsageError(f"an event channel needs a namespace and a topic, got {self.namespace!r} and {self.topic!r}")
+        for name in (self.namespace, self.component, self.topic):
+            if "/" in name or not name.isprintable():
+                raise UsageError(f"name {name!r} of an event channel has a slash or a character that cannot be printed")
+
     @property
     def prefix(self) -> str:
         """What NATS subjects of the scope begin with."""
@@ -46,22 +56,11 @@ class Channel(msgspec.Struct, frozen=True, order=True, kw_only=True):
         return self.subject
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One message as it arrived. `published_at` is in ms since the epoch, by the publisher's clock."""
-
-    publisher_id: int
-    sequence: int
-    """0, 1, 2 … per publisher"""
-    published_at: int
-    topic: str
-    payload: bytes
-
-
 class Gap(msgspec.Struct, frozen=True, kw_only=True):
-    """Messages of one publisher that did not arrive: `expected` … `found - 1`.
+    """Messages of one publisher that the reader does not get: `expected` … `found - 1`. Lost on the way, or dropped by a full queue.
 
     The first message heard of a publisher is no gap, whatever its number: what was before it was never promised. A number below the
-    expected one is a restart or a repetition: it is delivered and not reported.
+    expected one is a restart or a repetition: it is delivered and not reported, and counting goes on from there.
     """
 
     publisher_id: int
@@ -78,22 +77,28 @@ class PublisherStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Since the publisher was made."""
 
     published: int
+    """calls of `publish`"""
     dropped: int
-    """never left this process: the queue was full, or the broker away"""
+    """of these: known never to have left this process, because the queue was full, the broker away or the publisher closed"""
     queued: int
+    """waiting for the broker"""
 
 
 class SubscriptionStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Since the subscription was made."""
 
     received: int
+    """messages of the channel that arrived, those dropped by a full queue included"""
     dropped: int
-    """arrived when the queue was full"""
+    """of these: not delivered, because the queue was full"""
     malformed: int
+    """messages that could not be read, or came from a publisher that discovery does not know"""
     gaps: int
+    """calls of `on_gap`, or what they would be"""
     queued: int
+    """waiting for the reader"""
     publishers: int
-    """publishers heard of or connected to now"""
+    """connected to now; over a broker: heard of so far"""
 
 
 class EventPublisher(Protocol):
@@ -107,7 +112,8 @@ class EventPublisher(Protocol):
     def publish(self, payload: bytes) -> None:
         """Hand over one message. Never blocks and never raises for what the network does; dropped messages are counted.
 
-        Called in the event loop's thread. A sequence number is used up by a dropped message, so that readers see the gap.
+        Called in the event loop's thread. A sequence number is used up by a dropped message, so that readers see the gap. Once closed,
+        everything is dropped. Raises `UsageError` for a payload above the setting `events.max_payload`.
         """
         ...
 
@@ -161,7 +167,7 @@ class EventPlane(Protocol):
     ) -> Subscription:
         """Listen from now on, to publishers as they come and go. `capacity`: messages that may wait (default: the setting).
 
-        `on_gap` is called in the event loop's thread before the message after the gap is delivered.
+        `on_gap` is called in the reader's task, right before it is given the message after the gap. What it raises is logged.
         """
         ...
 

@@ -20,6 +20,13 @@ def _request_plane(text: str) -> str:
     return text.lower()
 
 
+def _event_plane(text: str) -> str:
+    """The reference knows two, and takes its default for anything else (`spec/25 §2`)."""
+    if text not in ("nats", "zmq"):
+        raise ValueError("expected nats or zmq")
+    return text
+
+
 def is_wildcard(host: str) -> bool:
     """Whether listening on `host` means all addresses of the machine: nobody can connect to that."""
     if host in ("", "*", "0"):
@@ -52,6 +59,15 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
             dyn_empty="value",
         ),
     ] = "tcp"
+    event_plane: Annotated[
+        str,
+        Setting(
+            doc="how events travel: a plug-in's name, or auto: memory when discovery is in memory, zmq otherwise",
+            dyn="DYN_EVENT_PLANE",
+            dyn_read=_event_plane,
+            on_bad_dyn="default",
+        ),
+    ] = "auto"
     host: Annotated[str, Setting(doc="address that listeners bind to", dyn="DYN_TCP_RPC_HOST")] = "127.0.0.1"
     advertise_host: Annotated[
         str, Setting(doc="address that others reach us at; default: the pod's, or the one bound to, or the routable one")

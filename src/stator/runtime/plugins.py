@@ -1,4 +1,4 @@
-"""Plug-ins by entry point: engines, discovery backends, planes and routing policies, the built-in ones included."""
+"""Plug-ins by entry point: engines, discovery backends, event planes, planes and routing policies, the built-in ones included."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ __all__ = ["check_settings", "config_type", "load_plugin", "plugin_names"]
 
 logger = logging.getLogger(__name__)
 
-_GROUPS = ("stator.discovery", "stator.engines", "stator.routing", "stator.transports")
+_GROUPS = ("stator.discovery", "stator.engines", "stator.events", "stator.routing", "stator.transports")
 
 
 @cache
@@ -23,7 +23,7 @@ def _registered(group: str) -> dict[str, EntryPoint]:
 
 
 def plugin_names(group: str) -> list[str]:
-    """The names registered in `group` (`stator.discovery`, `stator.transports`, `stator.routing`, `stator.engines`)."""
+    """The names registered in `group` (`stator.discovery`, `stator.events`, `stator.transports`, `stator.routing`, `stator.engines`)."""
     return sorted(_registered(group))
 
 

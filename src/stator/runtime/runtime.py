@@ -15,6 +15,7 @@ from stator.clock import Clock
 from stator.discovery.interface import Discovery
 from stator.discovery.memory import MemoryDiscovery, MemoryStore
 from stator.errors import ConfigError, UsageError
+from stator.events import EventHost, EventPlane, EventsConfig, MemoryBus
 from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import ModelRecord
@@ -23,6 +24,7 @@ from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.component import Component, Endpoint, Namespace, make_policy
 from stator.runtime.config import RuntimeConfig
 from stator.runtime.engine import Generate
+from stator.runtime.event_plane import OpenEvents, choose_event_plane
 from stator.runtime.host import advertised_host, raise_file_limit, socket_directory
 from stator.runtime.meter import ProcessMeter
 from stator.runtime.network import Network, PlaneChoice, choose_planes
@@ -55,6 +57,7 @@ class Runtime:
         *,
         discovery: str | MemoryStore | None = None,
         plane: str | MemoryNetwork | None = None,
+        event_plane: str | MemoryBus | None = None,
         clock: Clock | None = None,
         random: Random | None = None,
         **overrides: Any,
@@ -63,9 +66,9 @@ class Runtime:
         an exception or cancelled, it does not wait for running requests.
 
         Settings: arguments > `STATOR_*` > `DYN_*` > the file named by `STATOR_CONFIG` > defaults. Arguments are fields of
-        `RuntimeConfig`, or `section__field` for another section (`native__port=7000`). `discovery` and `plane` may also be shared
-        in-memory objects, so that several runtimes of one process form a cluster. Nothing process-wide is touched but the limit
-        of open files. Raises `ConfigError` for settings, `Unavailable` or `ConnectFailed` when the cluster cannot be joined.
+        `RuntimeConfig`, or `section__field` for another section (`native__port=7000`). `discovery`, `plane` and `event_plane` may also
+        be shared in-memory objects, so that several runtimes of one process form a cluster; sharing a `MemoryStore` they hear each
+        other's events too. Nothing process-wide is touched but the limit of open files. Raises `ConfigError` for settings, `Unavailable` or `ConnectFailed` when the cluster cannot be joined.
         """
         own = {name: value for name, value in overrides.items() if "__" not in name}
         sections = {name.replace("__", ".", 1): value for name, value in overrides.items() if "__" in name}
@@ -73,7 +76,9 @@ class Runtime:
             own["discovery"] = discovery
         if isinstance(plane, str):
             own["plane"] = plane
-        prepared = await asyncio.to_thread(_prepare, plane, own, sections)
+        if isinstance(event_plane, str):
+            own["event_plane"] = event_plane
+        prepared = await asyncio.to_thread(_prepare, discovery, plane, event_plane, own, sections)
         config, planes = prepared.config, prepared.planes
         clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
         raise_file_limit()
@@ -133,11 +138,23 @@ class Runtime:
                 await stack.enter_async_context(status)
             network = Network(planes, host, retry=config.native_retry)
             stack.push_async_callback(network.aclose)
+            events = prepared.open_events(
+                EventHost(
+                    discovery=found,
+                    clock=clock,
+                    random=Random(SystemRandom().getrandbits(128)),
+                    config=prepared.events,
+                    bind_host=config.host,
+                    advertise_host=host.advertise_host,
+                )
+            )
+            stack.push_async_callback(events.aclose)
             scope = await stack.enter_async_context(Scope("runtime"))
             services = Services(
                 config=config,
                 routing=prepared.routing,
                 discovery=found,
+                events=events,
                 network=network,
                 wheel=wheel,
                 scope=scope,
@@ -194,6 +211,11 @@ class Runtime:
     def discovery(self) -> Discovery:
         """Who is there."""
         return self._services.discovery
+
+    @property
+    def events(self) -> EventPlane:
+        """Messages by topic, to everybody who listens. Nothing is opened before the first publisher or subscription."""
+        return self._services.events
 
     @property
     def config(self) -> RuntimeConfig:
@@ -271,11 +293,19 @@ class _Prepared(msgspec.Struct, frozen=True, kw_only=True):
     planes: PlaneChoice
 
 
-def _prepare(plane: str | MemoryNetwork | None, own: Mapping[str, Any], sections: Mapping[str, Any]) -> _Prepared:
+def _prepare(
+    discovery: str | MemoryStore | None,
+    plane: str | MemoryNetwork | None,
+    event_plane: str | MemoryBus | None,
+    own: Mapping[str, Any],
+    sections: Mapping[str, Any],
+) -> _Prepared:
     """All that reads the disk: the settings file, what is installed, the modules of the planes. Not for the event loop."""
     check_settings()
     config = settings.load(RuntimeConfig, own)
     health = settings.load(HealthConfig, _of_section("health", sections))
+    events: EventsConfig
+    open_events: OpenEvents
     if health.port >= 0:
         importlib.import_module("stator.health.server")
     return _Prepared(
@@ -291,6 +321,12 @@ class _LoopClock:
     """Time as the event loop counts it, which deadlines are on."""
 
     def __init__(self, wheel: DeadlineWheel, clock: Clock) -> None:
+        events=settings.load(EventsConfig, _of_section("events", sections)),
+        open_events=choose_event_plane(
+            event_plane if isinstance(event_plane, MemoryBus) else config.event_plane,
+            in_memory=isinstance(discovery, MemoryStore) or config.discovery == "memory",
+            sections=sections,
+        ),
         self.monotonic = wheel.now
         self.wall = clock.wall
 

@@ -10,6 +10,7 @@ import msgspec
 from stator.clock import Clock
 from stator.discovery.interface import Discovery
 from stator.errors import UsageError
+from stator.events import EventPlane
 from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.ids import EndpointId
 from stator.routing import RoutingConfig
@@ -57,11 +58,12 @@ class Servable(Protocol):
 
 
 class Services(msgspec.Struct, kw_only=True):
-    """One runtime's discovery, planes, time, tasks and views."""
+    """One runtime's discovery, events, planes, time, tasks and views."""
 
     config: RuntimeConfig
     routing: RoutingConfig
     discovery: Discovery
+    events: EventPlane
     network: Network
     wheel: DeadlineWheel
     scope: Scope
