@@ -68,7 +68,8 @@ class Runtime:
         Settings: arguments > `STATOR_*` > `DYN_*` > the file named by `STATOR_CONFIG` > defaults. Arguments are fields of
         `RuntimeConfig`, or `section__field` for another section (`native__port=7000`). `discovery`, `plane` and `event_plane` may also
         be shared in-memory objects, so that several runtimes of one process form a cluster; sharing a `MemoryStore` they hear each
-        other's events too. Nothing process-wide is touched but the limit of open files. Raises `ConfigError` for settings, `Unavailable` or `ConnectFailed` when the cluster cannot be joined.
+        other's events too. Nothing process-wide is touched but the limit of open files. Raises `ConfigError` for settings,
+        `Unavailable` or `ConnectFailed` when the cluster cannot be joined.
         """
         own = {name: value for name, value in overrides.items() if "__" not in name}
         sections = {name.replace("__", ".", 1): value for name, value in overrides.items() if "__" in name}
@@ -291,6 +292,8 @@ class _Prepared(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionConfig
     health: HealthConfig
     planes: PlaneChoice
+    events: EventsConfig
+    open_events: OpenEvents
 
 
 def _prepare(
@@ -304,8 +307,6 @@ def _prepare(
     check_settings()
     config = settings.load(RuntimeConfig, own)
     health = settings.load(HealthConfig, _of_section("health", sections))
-    events: EventsConfig
-    open_events: OpenEvents
     if health.port >= 0:
         importlib.import_module("stator.health.server")
     return _Prepared(
@@ -314,6 +315,12 @@ def _prepare(
         admission=settings.load(AdmissionConfig, _of_section("admission", sections)),
         health=health,
         planes=_planes(plane, config),
+        events=settings.load(EventsConfig, _of_section("events", sections)),
+        open_events=choose_event_plane(
+            event_plane if isinstance(event_plane, MemoryBus) else config.event_plane,
+            in_memory=isinstance(discovery, MemoryStore) or config.discovery == "memory",
+            sections=sections,
+        ),
     )
 
 
@@ -321,12 +328,6 @@ class _LoopClock:
     """Time as the event loop counts it, which deadlines are on."""
 
     def __init__(self, wheel: DeadlineWheel, clock: Clock) -> None:
-        events=settings.load(EventsConfig, _of_section("events", sections)),
-        open_events=choose_event_plane(
-            event_plane if isinstance(event_plane, MemoryBus) else config.event_plane,
-            in_memory=isinstance(discovery, MemoryStore) or config.discovery == "memory",
-            sections=sections,
-        ),
         self.monotonic = wheel.now
         self.wall = clock.wall
 
