@@ -78,9 +78,28 @@ def test_much_to_send_is_sent_at_once(woken: Woken, make: Callable[[int], Told])
     woken.outgoing.control(frame(PING))
     assert woken.hurries == 1
     woken.flush()
+    woken.outgoing.end_turn()
     for number in range(17):
         make(2 * number + 1).push(b"1")
     assert woken.hurries == 2
+
+
+def test_what_comes_on_top_of_much_waits_for_more(woken: Woken, make: Callable[[int], Told]) -> None:
+    waiting: list[int] = []
+
+    def flush() -> None:
+        waiting.append(len(woken.outgoing))
+        woken.flush()
+
+    woken.outgoing.hurry = flush
+    for number in range(256):
+        make(2 * number + 1).push(b"1")
+    assert waiting == [16, 32, 64, 128]
+    woken.outgoing.end_turn()
+    woken.flush()
+    for number in range(17):
+        make(2 * number + 601).push(b"1")
+    assert waiting[4:] == [16]
 
 
 def test_control_frames_go_first(woken: Woken, make: Callable[[int], Told]) -> None:

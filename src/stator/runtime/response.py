@@ -150,22 +150,21 @@ class ResponseStream:
         try:
             inbox = self._inbox or await self._open()
             while True:
-                try:
-                    if not await inbox.more():
-                        self._finish()
-                        return
-                except StatorError as error:
-                    inbox = await self._recover(inbox, error)
-                    continue
-                if self._mark:
-                    self._arrived()
                 items = inbox.items
                 take = items.popleft
+                while not items and inbox.phase is not _ENDED:
+                    inbox.link.taken()
+                    await inbox.news()
+                if self._mark and items:
+                    self._arrived()
                 while items:
                     yield take()
-                if inbox.phase is _ENDED and inbox.error is None:
-                    self._finish()
-                    return
+                if inbox.phase is _ENDED and not items:
+                    error = inbox.error
+                    if error is None:
+                        self._finish()
+                        return
+                    inbox = await self._recover(inbox, error)
         finally:
             if not self._entered:
                 self.kill()
@@ -405,10 +404,10 @@ class ResponseStream:
         if not self._over:
             self._over = True
             candidate = self._candidate
+            if candidate is not None and self._inbox is not None and self._inbox.delivered:
+                self._view.availability.mark_room(candidate.instance_id)  # first, so that who is told of room finds it
             self._leave()
             self._candidate = candidate
-            if candidate is not None and self._inbox is not None and self._inbox.delivered:
-                self._view.availability.mark_room(candidate.instance_id)
 
 
 def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None, calls: CallMeter) -> None:

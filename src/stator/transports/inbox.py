@@ -127,36 +127,40 @@ class Inbox(Receiver):
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
+    def arrived(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
     # -- the application's side -------------------------------------------------------------------------------------------
 
     async def opened(self) -> None:
         """Wait until the request was accepted or the stream ended. Cancelled: nothing changed."""
         while self.phase < _FIRST_ITEM:
-            if self._waiter is not None:
-                raise UsageError(_TWO_READERS)
-            self._since = self._wheel.now()
-            self._waiter = self._wheel.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self.news()
+
+    def news(self) -> asyncio.Future[None]:
+        """What to await until something has changed or arrived. Cancelled: nothing changed. Raises `UsageError` while another task waits.
+
+        Token path: a future and no coroutine.
+        """
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            raise UsageError(_TWO_READERS)
+        wheel = self._wheel
+        self._since = wheel.now()
+        self._waiter = waiter = wheel.loop.create_future()
+        return waiter
 
     async def more(self) -> bool:
         """Wait until `items` is not empty (True) or the stream ended (False; raises its error). Cancelled: nothing was taken."""
-        while not self.items:  # token path: no call but these
+        while not self.items:
             if self.phase is _ENDED:
                 if self.error is not None:
                     raise self.error
                 return False
             self.link.taken()
-            if self._waiter is not None:
-                raise UsageError(_TWO_READERS)
-            self._since = self._wheel.now()
-            self._waiter = self._wheel.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self.news()
         return True
 
     def kill(self) -> None:
@@ -180,7 +184,8 @@ class Inbox(Receiver):
         if now >= self._deadline:
             return self._time_out("total", self._patience.total)
         due = self._deadline
-        if self._waiter is not None or self.phase < _FIRST_ITEM:
+        waiter = self._waiter
+        if self.phase < _FIRST_ITEM or (waiter is not None and not waiter.done()):
             limit = self._patience.by_phase[self.phase]
             if now >= self._since + limit:
                 return self._time_out(self.phase.label, limit)

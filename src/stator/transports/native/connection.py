@@ -141,6 +141,8 @@ class Connection(asyncio.Protocol):
 
     def _end_turn(self) -> None:
         self._scheduled = False
+        if self._session is not None:
+            self._session.outgoing.end_turn()
         self.flush()
 
     def flush(self) -> None:
