@@ -22,6 +22,7 @@ from stator.routing import (
     PowerOfTwo,
     RoundRobin,
     RouteRequest,
+    RoutingConfig,
     UniformRandom,
 )
 
@@ -75,14 +76,18 @@ def test_all_inhibited_means_the_earliest_ending(failures: list[tuple[int, float
 
 
 class Marks(RuleBasedStateMachine):
-    """Marks set in any order, against a plain model."""
+    """Marks set in any order, and loads up to any limits, against a plain model; asked through a part that sees some instances only."""
 
     @initialize()
     def begin(self) -> None:
         self.now = 0.0
-        self.availability = Availability(ENDPOINT)
+        self.whole = Availability(ENDPOINT, RoutingConfig(overloaded_for=5.0))
+        self.availability = self.whole.part()
         self.occupancy = Occupancy()
+        self.policy: Policy = RoundRobin()
+        self.allowed: set[int] | None = None
         self.ids: list[int] = []
+        self.candidates: tuple[Candidate, ...] = ()
         self.inhibited: dict[int, tuple[float, float]] = {}
         self.overloaded: dict[int, float] = {}
         self.suspect: set[int] = set()
@@ -91,7 +96,8 @@ class Marks(RuleBasedStateMachine):
 
     @rule(ids=st.lists(IDS, unique=True))
     def discovery(self, ids: list[int]) -> None:
-        self.availability.update(self.occupancy.update(dict.fromkeys(ids, "")))
+        self.candidates = self.occupancy.update(dict.fromkeys(ids, ""))
+        self.whole.update(self.candidates)
         for gone in set(self.ids) - set(ids):
             self.inhibited.pop(gone, None)
             self.overloaded.pop(gone, None)
@@ -139,8 +145,23 @@ class Marks(RuleBasedStateMachine):
 
     @rule(ids=st.sets(IDS))
     def load_report(self, ids: set[int]) -> None:
-        self.availability.set_busy(ids)
+        self.availability.set_busy(dict.fromkeys(ids, "load report"))
         self.busy = ids
+
+    @rule(allowed=st.none() | st.sets(IDS))
+    def cards_are_read(self, allowed: set[int] | None) -> None:
+        self.availability.restrict_to(allowed)
+        self.allowed = allowed
+
+    @rule(instance_id=IDS, load=st.integers(0, 3), limit=st.none() | st.integers(1, 3))
+    def requests_run(self, instance_id: int, load: int, limit: int | None) -> None:
+        for candidate in self.candidates:
+            if candidate.instance_id == instance_id:
+                candidate.load, candidate.limit = load, limit
+
+    @rule(policy=st.sampled_from(POLICIES))
+    def a_policy_is_used(self, policy: Policy) -> None:
+        self.policy = policy
 
     @rule(excluded=st.sets(IDS))
     def a_retry_goes_where_it_should(self, excluded: set[int]) -> None:
@@ -152,9 +173,11 @@ class Marks(RuleBasedStateMachine):
             self.check(set())
 
     def check(self, excluded: set[int]) -> None:
-        full = [n for n in self.ids if n not in self.draining and (n in self.busy or self.now < self.overloaded.get(n, 0.0))]
+        ours = [n for n in self.ids if self.allowed is None or n in self.allowed]
+        overloaded = [n for n in ours if self.now < self.overloaded.get(n, 0.0)]
+        full = [n for n in ours if n not in self.draining and (n in self.busy or n in overloaded)]
         refused = [n for n in full if n not in self.busy and n not in excluded]
-        open_ = [n for n in self.ids if n not in self.draining and n not in full and n not in excluded]
+        open_ = [n for n in ours if n not in self.draining and n not in full and n not in excluded]
         until = {n: self.inhibited[n][0] for n in open_ if self.now < self.inhibited.get(n, (0.0, 0.0))[0]}
         free = [n for n in open_ if n not in until and n not in self.suspect]
         suspects = [n for n in open_ if n not in until and n in self.suspect]
@@ -163,16 +186,38 @@ class Marks(RuleBasedStateMachine):
             (candidate,) = self.availability.free(self.now, request)
             assert self.overloaded[candidate.instance_id] == min(self.overloaded[n] for n in refused)
             assert candidate.instance_id in refused
-            return
-        if not open_:
-            with pytest.raises(Overloaded if full else Unavailable):
+        elif not open_:
+            with_room = {each.instance_id for each in self.candidates if each.has_room}
+            well = set(ours) - self.draining - self.suspect - set(full) - {n for n in ours if self.is_inhibited(n)}
+            with pytest.raises(Overloaded if full or well - with_room else Unavailable):
                 self.availability.free(self.now, request)
-            return
-        usable = [candidate.instance_id for candidate in self.availability.free(self.now, request)]
-        if free or suspects:
-            assert usable == (free or suspects)
         else:
-            assert len(usable) == 1 and until[usable[0]] == min(until.values())
+            usable = [candidate.instance_id for candidate in self.availability.free(self.now, request)]
+            if free or suspects:
+                assert usable == (free or suspects)
+            else:
+                assert len(usable) == 1 and until[usable[0]] == min(until.values())
+        self.check_choice(request, free, suspects, list(until), refused)
+
+    def is_inhibited(self, instance_id: int) -> bool:
+        return self.now < self.inhibited.get(instance_id, (0.0, 0.0))[0]
+
+    def check_choice(
+        self, request: RouteRequest, free: list[int], suspects: list[int], inhibited: list[int], refused: list[int]
+    ) -> None:
+        """Never a busy or full one, never a refusal while somebody free has room."""
+        groups = [free, refused] if free else [suspects, inhibited, refused]
+        with_room = [{each.instance_id for each in self.candidates if each.has_room} & set(group) for group in groups]
+        allowed = next((group for group in with_room if group), None)
+        if allowed is None:
+            with pytest.raises((Overloaded, Unavailable)):
+                self.availability.choose(self.policy, self.now, request, Random(0))
+        else:
+            assert self.availability.choose(self.policy, self.now, request, Random(0)).instance_id in allowed
+        if request is ANYWHERE:
+            room = self.availability.room(self.now)
+            assert room != 0 or not with_room[0], "where somebody is free, there is room"
+            assert (self.availability.pressure(self.now) == "") == (room != 0)
 
 
 class Counts(RuleBasedStateMachine):

@@ -1,27 +1,34 @@
 """Which models can be served now: the one watcher of model cards joined with live instances (`spec/50 §15`).
 
 A model is there while at least one live instance has published a card of its name. The instances of one endpoint must agree on the
-card (same checksum): those that came later with another one are reported and get no requests until the others are gone. A
-model served by several endpoints spreads its requests over them by the number of their instances; where endpoints differ in the card,
-each request is prepared for the endpoint it goes to.
+card (same checksum): those that came later with another one are reported and get no requests until the others are gone, and so do
+instances without a card. A model served by several endpoints spreads its requests over them by the number of their instances; where
+endpoints differ in the card, each request is prepared for the endpoint it goes to.
+
+What the cards say of capacity goes to where requests are given away: how many each worker runs at once, and to the monitor, which takes
+overloaded workers out.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
 
+from stator import settings
 from stator.clock import Clock
 from stator.errors import StatorError
 from stator.llm.card import ModelCard, ModelType, card_from_json, mdcsum
-from stator.llm.deployment import DeployedEngine, Deployment, turns
+from stator.llm.deployment import DeployedEngine, DeployedWorker, Deployment, turns
+from stator.llm.monitor import WorkerMonitor
 from stator.llm.preprocess import Preprocessor
 from stator.llm.served import ServedModel
+from stator.llm.thresholds import LoadConfig
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import EndpointRecord, ModelRecord, Query, RecordKey
 from stator.runtime.runtime import Runtime
+from stator.runtime.view import InstanceView
 from stator.tasks import Scope
 
 __all__ = ["ModelDirectory"]
@@ -30,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _REFUSALS = 10_000
 """reasons remembered, so that each is reported once"""
+_REMINDER = 1.0
+"""seconds between two hints that there may be room: time alone makes some, when a refusal is long enough ago"""
 
 Place = tuple[EndpointId, str]
 """an endpoint and the name of a model it serves"""
@@ -51,10 +60,12 @@ class _Card(msgspec.Struct, frozen=True, kw_only=True):
 class ModelDirectory:
     """`ModelSource` over discovery. Made by `ModelDirectory.follow`."""
 
-    def __init__(self, runtime: Runtime, clock: Clock, policy: str | None) -> None:
+    def __init__(self, runtime: Runtime, clock: Clock, policy: str | None, monitor: WorkerMonitor) -> None:
         self._runtime = runtime
         self._clock = clock
         self._policy = policy
+        self.monitor = monitor
+        """who is busy, and from what load on"""
         self._models: dict[str, list[ServedModel]] = {}
         """by name; one entry per checksum"""
         self._turn = 0
@@ -62,7 +73,7 @@ class ModelDirectory:
         self._preprocessors: dict[str, Preprocessor] = {}
         self._records: dict[RecordKey, ModelRecord] = {}
         self._read: dict[RecordKey, tuple[ModelRecord, _Card | None]] = {}
-        self._alive: set[tuple[EndpointId, int]] = set()
+        self._alive: dict[tuple[EndpointId, int], EndpointRecord] = {}
         self._refused: set[tuple[RecordKey, str]] = set()
         self._synced = asyncio.Event()
         self._news = asyncio.Event()
@@ -70,18 +81,22 @@ class ModelDirectory:
     @classmethod
     @asynccontextmanager
     async def follow(
-        cls, runtime: Runtime, *, clock: Clock, policy: str | None = None
+        cls, runtime: Runtime, *, clock: Clock, policy: str | None = None, load: LoadConfig | None = None
     ) -> "AsyncGenerator[ModelDirectory, None]":
-        """A directory that keeps up with discovery inside the block. On entry the models known so far are loaded (at most 10 s).
+        """A directory that keeps up with discovery inside the block, and hears the load of the workers in it (`monitor`). On entry the
+        models known so far are loaded (at most 10 s). `load`: default, the settings.
 
-        Raises `UsageError` for an unknown policy.
+        Raises `UsageError` for an unknown policy, `ConfigError` for settings.
         """
         await asyncio.to_thread(runtime.policy, policy)
-        directory = cls(runtime, clock, policy)
-        async with Scope("model directory") as scope:
+        config = load if load is not None else await asyncio.to_thread(settings.load, LoadConfig)
+        monitor = WorkerMonitor(config, clock)
+        directory = cls(runtime, clock, policy, monitor)
+        async with Scope("model directory") as scope, monitor.listening(runtime.events):
             scope.spawn(directory._follow_cards(), name="model cards")
             scope.spawn(directory._follow_instances(), name="instances")
             scope.spawn(directory._rebuild_on_news(), name="models")
+            scope.spawn(directory._remind_of_room(), name="reminder of room")
             try:
                 async with asyncio.timeout(10.0):
                     await directory._synced.wait()
@@ -92,14 +107,15 @@ class ModelDirectory:
     # -- ModelSource
 
     def get(self, name: str) -> ServedModel | None:
-        """The model for one request: where its endpoints differ, each in turn, as often as it has instances."""
+        """The model for one request: where its endpoints differ, each in turn, as often as it has instances; one with room if there is."""
         served = self._models.get(name)
         if served is None:
             return None
         if len(served) == 1:
             return served[0]
         self._turn += 1
-        return served[turns([len(each.instances()) for each in served], self._turn)]
+        first = turns([len(each.instances()) for each in served], self._turn)
+        return next((each for each in (*served[first:], *served[:first]) if each.engine.room() != 0), served[first])
 
     def models(self) -> list[ServedModel]:
         """One entry per name; its `instances` are those of all endpoints."""
@@ -117,7 +133,7 @@ class ModelDirectory:
         async with self._runtime.discovery.watch(Query(EndpointRecord.bucket)) as watch:
             async for _ in watch:
                 self._alive = {
-                    (record.endpoint_id, record.instance_id)
+                    (record.endpoint_id, record.instance_id): record
                     for record in watch.current.values()
                     if isinstance(record, EndpointRecord)
                 }
@@ -133,6 +149,12 @@ class ModelDirectory:
                 logger.error("the models could not be brought up to date: %s", error)
             self._synced.set()
 
+    async def _remind_of_room(self) -> None:
+        while True:
+            await asyncio.sleep(_REMINDER)
+            for view in {each.client.view for each in self._deployments.values()}:
+                view.more_room()
+
     async def _rebuild(self) -> None:
         """Make `models` say what is true now. Loading a tokenizer happens in a thread; the old state stays valid meanwhile."""
         cards: dict[Place, list[_Card]] = {}
@@ -143,8 +165,12 @@ class ModelDirectory:
             deployment = await self._deployment(place, candidates)
             if deployment is not None:
                 deployments[place] = deployment
-        self._deployments = deployments
+        before, self._deployments = self._deployments, deployments
         self._publish()
+        for place, deployment in before.items():
+            if deployments.get(place) is not deployment:
+                deployment.retire()
+        self._tell_capacities(before)
 
     def _living(self) -> Iterable[_Card]:
         """The readable cards of living instances, in the order of their keys."""
@@ -181,9 +207,7 @@ class ModelDirectory:
             return None
         agreeing = by_checksum.pop(present.checksum)
         others = [card for group in by_checksum.values() for card in group]
-        present.instances = tuple(sorted(card.record.instance_id for card in agreeing))
-        present.refused.clear()
-        present.refused.update(card.record.instance_id for card in others)
+        present.set_workers({card.record.instance_id: self._worker(card) for card in agreeing})
         for card in others:
             self._refuse(card.key, "its card differs from the one its endpoint serves; drain the old workers first")
         return present
@@ -193,7 +217,27 @@ class ModelDirectory:
         first = cards[0]
         if not await self._load(first.checksum, first):
             return None
-        return await Deployment.open(self._runtime, first.record.endpoint_id, first.card, first.checksum, policy=self._policy)
+        endpoint, model = first.place
+        return await Deployment.open(self._runtime, model, endpoint, first.card, first.checksum, policy=self._policy)
+
+    def _worker(self, card: _Card) -> DeployedWorker:
+        record = self._alive.get((card.record.endpoint_id, card.record.instance_id))
+        return DeployedWorker.of(card.card, repeats=record is not None and record.stator is not msgspec.UNSET)
+
+    def _tell_capacities(self, before: Mapping[Place, Deployment]) -> None:
+        """Pass on what the cards say: how many requests each worker runs at once, and what its load is held against.
+
+        Where a worker's cards differ, the largest number counts. What was said of the deployments `before` ends.
+        """
+        slots: dict[InstanceView, dict[int, int]] = {each.client.view: {} for each in before.values()}
+        for deployment in self._deployments.values():
+            known = slots.setdefault(deployment.client.view, {})
+            for instance, worker in deployment.workers.items():
+                if worker.slots is not None:
+                    known[instance] = max(worker.slots, known.get(instance, 0))
+        for view, known in slots.items():
+            view.set_slots(known)
+        self.monitor.follow(self._deployments)
 
     async def _load(self, checksum: str, card: _Card) -> bool:
         if checksum not in self._preprocessors:
@@ -227,10 +271,17 @@ class ModelDirectory:
         for name in groups.keys() - self._models.keys():
             places = sorted(str(each.endpoint) for group in groups[name].values() for each in group)
             logger.info("model %s is served by %s", name, ", ".join(places))
-        self._models = {
-            name: [self._served(name, checksum, group) for checksum, group in by_checksum.items()]
-            for name, by_checksum in groups.items()
-        }
+        before, self._models = (
+            self._models,
+            {
+                name: [self._served(name, checksum, group) for checksum, group in by_checksum.items()]
+                for name, by_checksum in groups.items()
+            },
+        )
+        kept = {id(served) for entries in self._models.values() for served in entries}
+        for served in (served for entries in before.values() for served in entries if id(served) not in kept):
+            assert isinstance(served.engine, DeployedEngine)
+            served.engine.spread_over(())
         used = {deployment.checksum for deployment in self._deployments.values()}
         for checksum in self._preprocessors.keys() - used:
             del self._preprocessors[checksum]
@@ -240,10 +291,10 @@ class ModelDirectory:
         known = self._models.get(name, ())
         for served in known:
             if served.preprocessor is self._preprocessors[checksum] and isinstance(served.engine, DeployedEngine):
-                served.engine.deployments = deployments
+                served.engine.spread_over(deployments)
                 return served
         engine = DeployedEngine(name)
-        engine.deployments = deployments
+        engine.spread_over(deployments)
         return ServedModel(
             name=name,
             card=deployments[0].card,

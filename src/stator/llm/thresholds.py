@@ -62,8 +62,8 @@ class LoadConfig(Config, frozen=True, kw_only=True):
     """When a frontend takes workers out of routing because of what they report.
 
     The defaults are those that the reference has once it looks at load at all. They are on from the start because a worker that
-    is merely full is below them: blocks in use cannot exceed all blocks, and 64 steps of prompts still to be computed is a queue
-    that no first token survives. `admission_control = none` takes nobody out; a threshold that says otherwise is an error then.
+    is merely full is below them: blocks in use cannot exceed all blocks, and 64 steps of prompts still to be computed are a queue
+    no first token comes out of in time. `admission_control = none` takes nobody out; a threshold that says otherwise is an error then.
     """
 
     section: ClassVar[str] = "load"

@@ -1,6 +1,7 @@
 """Which instance takes a request: candidates in, one out. Pure: no I/O, no clock, no tasks; `now` and randomness are handed in.
 
 `Availability` says who may be chosen, a `Policy` chooses, `Occupancy` counts what is in flight, `RetryBudget` bounds retries.
+`LoadTable` says who is busy: reports held against thresholds by a `LoadRule`, which alone knows what a load is.
 """
 
 from stator.routing.availability import Availability, AvailabilityRow
@@ -9,6 +10,7 @@ from stator.routing.config import RoutingConfig
 from stator.routing.device_weighted import DeviceWeighted
 from stator.routing.direct import Direct
 from stator.routing.least_loaded import LeastLoaded
+from stator.routing.load_table import Group, LoadRow, LoadRule, LoadTable
 from stator.routing.occupancy import Occupancy
 from stator.routing.policy import BUILT_IN, Policy, normal_name, policy_name
 from stator.routing.power_of_two import PowerOfTwo
@@ -26,7 +28,11 @@ __all__ = [
     "Candidate",
     "DeviceWeighted",
     "Direct",
+    "Group",
     "LeastLoaded",
+    "LoadRow",
+    "LoadRule",
+    "LoadTable",
     "Occupancy",
     "Policy",
     "PowerOfTwo",

@@ -1,19 +1,24 @@
 """Which instances may be chosen now, and why not the others.
 
-    discovered ─ draining, busy ─▶ open ─ overloaded, inhibited, suspect ─▶ free
+    discovered ─ barred, draining, busy ─▶ open ─ overloaded, inhibited, suspect ─▶ free ─ full ─▶ with room
 
-Draining and busy are facts: such an instance is not chosen. Suspicion (it is silent), inhibition (it failed) and overload (it
+Barred, draining and busy are facts: such an instance is not chosen. Suspicion (it is silent), inhibition (it failed) and overload (it
 refused a request not long ago) are preferences: when no other instance is left, the suspects are used, then the one whose inhibition
 ends first, so that a blip with a single worker is no outage (`design.md §5`), then the overloaded ones, oldest refusal first, so that
 nothing is refused while a slot is free that somebody else gave back.
 
-Choosing happens far more often than anything changes, so the answer is a tuple kept until a mark is set or runs out.
+Choosing happens far more often than anything changes, so the answer is a tuple kept until a mark is set or runs out. What changes with
+every request is not in it: whether the chosen one carries as many requests as it runs at once is looked at after choosing
+(`Candidate.limit`), and only when it does the others are looked through (`with_room`).
+
+Marks belong to the endpoint; what is barred and busy is so for those who share this object. `part` makes another one: models on one
+endpoint have cards and thresholds of their own.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal
+from random import Random
 
 import msgspec
 
@@ -21,13 +26,15 @@ from stator.errors import ConnectFailed, Overloaded, StatorError, Unavailable
 from stator.protocol.ids import EndpointId
 from stator.routing.candidate import Candidate
 from stator.routing.config import RoutingConfig
+from stator.routing.marks import MarkBoard
+from stator.routing.policy import Policy
 from stator.routing.request import ANYWHERE, RouteRequest
+from stator.routing.shortage import Standing, State, shortage
 
-__all__ = ["Availability", "AvailabilityRow", "State"]
-
-State = Literal["free", "inhibited", "suspect", "overloaded", "busy", "draining"]
+__all__ = ["Availability", "AvailabilityRow"]
 
 _ALWAYS_STALE = -math.inf
+_NOBODY_BUSY: Mapping[int, str] = {}
 
 
 class AvailabilityRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,41 +47,32 @@ class AvailabilityRow(msgspec.Struct, frozen=True, kw_only=True):
     chosen_from: bool
     """whether a request without wishes may go there now"""
     load: int
-
-
-class _Marks:
-    """What is held against one instance."""
-
-    __slots__ = ("draining", "inhibited_until", "overloaded_until", "penalty", "reason", "suspect")
-
-    def __init__(self) -> None:
-        self.draining = False
-        self.suspect = False
-        self.overloaded_until = 0.0
-        self.inhibited_until = 0.0
-        self.penalty = 0.0
-        """length of the last inhibition in seconds; 0 after a success"""
-        self.reason = ""
+    limit: int | None
 
 
 class Availability:
-    """The view one client has of the instances of its endpoint. Methods never block; `now` is monotonic seconds.
+    """The view that callers have of the instances of their endpoint. Methods never block; `now` is monotonic seconds."""
 
-    Marks on instances that are not discovered are ignored; an instance that leaves discovery loses its marks.
-    """
-
-    def __init__(self, endpoint: EndpointId, config: RoutingConfig | None = None) -> None:
+    def __init__(self, endpoint: EndpointId, config: RoutingConfig | None = None, *, board: MarkBoard | None = None) -> None:
+        """`board` is that of another view of the same endpoint (`part`)."""
+        self._id = endpoint
         self._endpoint = "/".join(endpoint.segments)
         self._config = config or RoutingConfig()
-        self._candidates: dict[int, Candidate] = {}
-        self._marks: dict[int, _Marks] = {}
-        self._busy: AbstractSet[int] = frozenset()
+        self._board = board if board is not None else MarkBoard(self._config)
+        self._board.listen(self._changed)
+        self._allowed: AbstractSet[int] | None = None
+        self._barred_because = ""
+        self._busy = _NOBODY_BUSY
         self._usable: tuple[Candidate, ...] = ()
         self._free: tuple[Candidate, ...] = ()
-        self._suspects: list[Candidate] = []
+        self._suspects: tuple[Candidate, ...] = ()
         self._inhibited: list[Candidate] = []
         self._overloaded: list[Candidate] = []
         self._stale_at = _ALWAYS_STALE
+
+    def part(self) -> "Availability":
+        """A view of the same instances and marks, for callers to whom other instances are barred or busy."""
+        return Availability(self._id, self._config, board=self._board)
 
     # -- choosing
 
@@ -93,81 +91,115 @@ class Availability:
             raise self._nobody(now, request.excluded)
         return usable
 
+    def choose(self, policy: Policy, now: float, request: RouteRequest, random: Random) -> Candidate:
+        """Whom `policy` takes for `request`: nobody who is full, as long as others are not. A target decides for itself.
+
+        Raises what `free` and `with_room` raise.
+        """
+        candidate = policy.choose(self.free(now, request), request, random)
+        limit = candidate.limit
+        if limit is None or candidate.load < limit or request.target is not None:
+            return candidate
+        return policy.choose(self.with_room(now, request), request, random)
+
+    def with_room(self, now: float, request: RouteRequest = ANYWHERE) -> tuple[Candidate, ...]:
+        """Those of `free` that carry fewer requests than they run at once; for whoever chose one that does not.
+
+        When none of them has room, those that refused are asked, oldest refusal first; the silent and the failed are not, as long as
+        others are well. Raises `Overloaded` when everybody is full. Costs a look at each instance.
+        """
+        if now >= self._stale_at:
+            self._sort(now)
+        excluded = request.excluded
+        for group in self._groups(excluded):
+            if left := tuple(each for each in group if each.has_room and each.instance_id not in excluded):
+                return left
+        raise self._nobody(now, excluded)
+
+    def room(self, now: float) -> int | None:
+        """How many more requests without wishes can be given away; None: any number."""
+        if now >= self._stale_at:
+            self._sort(now)
+        room = 0
+        for candidate in self._usable:
+            limit = candidate.limit
+            if limit is None:
+                return None
+            if candidate.load < limit:
+                room += limit - candidate.load
+        return room
+
+    def pressure(self, now: float) -> str:
+        """Why there is no room; "" if there is."""
+        return "" if self.room(now) != 0 else self._nobody(now, frozenset()).message
+
     def knows(self, instance_id: int) -> bool:
         """Whether discovery has it."""
-        return instance_id in self._candidates
+        return instance_id in self._board.candidates
 
     def __len__(self) -> int:
-        return len(self._candidates)
+        return len(self._board.candidates)
 
-    # -- news
+    # -- news about the endpoint: the same for all parts
 
     def update(self, candidates: Sequence[Candidate]) -> None:
         """Follow discovery: these are all instances now. The order is kept."""
-        self._candidates = {candidate.instance_id: candidate for candidate in candidates}
-        for instance_id in self._marks.keys() - self._candidates.keys():
-            del self._marks[instance_id]
-        self._stale_at = _ALWAYS_STALE
+        self._board.update(candidates)
 
     def mark_inhibited(self, instance_id: int, now: float, reason: str = "") -> None:
         """It failed: avoid it for 5 s, doubling up to 60 s with each failure after that; a success starts over.
 
         Failures reported while it is inhibited are taken for the same one and change nothing.
         """
-        marks = self._marks_of(instance_id)
-        if marks is None or now < marks.inhibited_until:
-            return
-        marks.penalty = min(marks.penalty * 2 or self._config.inhibit_first, self._config.inhibit_most)
-        marks.inhibited_until = now + marks.penalty
-        marks.reason = reason
+        self._board.inhibit(instance_id, now, reason)
 
     def mark_success(self, instance_id: int) -> None:
         """It answered: forget its failures and suspicion. Costs a look-up when there are none."""
-        marks = self._marks.get(instance_id)
-        if marks is None or not (marks.penalty or marks.suspect):
-            return
-        marks.penalty = marks.inhibited_until = 0.0
-        marks.suspect = False
-        self._stale_at = _ALWAYS_STALE
+        self._board.succeed(instance_id)
 
     def mark_overloaded(self, instance_id: int, now: float, *, seconds: float | None = None) -> None:
         """It refused at capacity: prefer others for `seconds` (default: the setting)."""
-        if (marks := self._marks_of(instance_id)) is not None:
-            marks.overloaded_until = now + (self._config.overloaded_for if seconds is None else seconds)
+        self._board.overload(instance_id, now + (self._config.overloaded_for if seconds is None else seconds))
 
     def mark_room(self, instance_id: int) -> None:
         """A request there has ended: it may take another one. Costs a look-up when nothing is held against it."""
-        marks = self._marks.get(instance_id)
-        if marks is not None and marks.overloaded_until:
-            marks.overloaded_until = 0.0
-            self._stale_at = _ALWAYS_STALE
+        self._board.overload(instance_id, 0.0)
 
     def mark_suspect(self, instance_id: int) -> None:
         """It is silent although it has requests; until `clear_suspect` or a success others are preferred."""
-        if (marks := self._marks_of(instance_id)) is not None:
-            marks.suspect = True
+        self._board.suspect(instance_id, True)
 
     def clear_suspect(self, instance_id: int) -> None:
         """It was heard of again."""
-        marks = self._marks.get(instance_id)
-        if marks is not None and marks.suspect:
-            marks.suspect = False
-            self._stale_at = _ALWAYS_STALE
+        self._board.suspect(instance_id, False)
 
     def mark_draining(self, instance_id: int) -> None:
         """It finishes what it has and takes nothing new, until it leaves discovery."""
-        if (marks := self._marks_of(instance_id)) is not None:
-            marks.draining = True
+        self._board.drain(instance_id)
 
     def forget(self, instance_id: int) -> None:
         """It registered anew: drop all marks."""
-        if self._marks.pop(instance_id, None) is not None:
-            self._stale_at = _ALWAYS_STALE
+        self._board.forget(instance_id)
 
-    def set_busy(self, instance_ids: Iterable[int]) -> None:
-        """Replace the set of instances that the load monitor calls busy."""
-        self._busy = frozenset(instance_ids)
-        self._stale_at = _ALWAYS_STALE
+    # -- news for those who share this object
+
+    def set_busy(self, busy: Mapping[int, str]) -> bool:
+        """Replace what the load monitor calls busy: id → reason, the nearest to be free first. Whether somebody is busy no longer.
+
+        The mapping is kept: its keys must not change afterwards, its texts are asked for when somebody wants to read them.
+        """
+        before, now = self._busy.keys(), busy.keys()
+        if before != now:
+            self._changed()
+        self._busy = busy
+        return not before <= now
+
+    def restrict_to(self, instance_ids: AbstractSet[int] | None, reason: str = "not among those to be used") -> None:
+        """Bar all other instances; None bars nobody."""
+        if instance_ids != self._allowed:
+            self._allowed = instance_ids
+            self._changed()
+        self._barred_because = reason
 
     # -- explaining
 
@@ -175,51 +207,50 @@ class Availability:
         """Every discovered instance with its state, in discovery order."""
         self._sort(now)
         rows: list[AvailabilityRow] = []
-        for instance_id, candidate in self._candidates.items():
-            state, until = self._state(instance_id, now)
-            marks = self._marks.get(instance_id)
+        for instance_id, candidate in self._board.candidates.items():
+            state, until = self._state_with_room(candidate, now)
             rows.append(
                 AvailabilityRow(
                     instance_id=instance_id,
                     state=state,
-                    reason=self._reason(state, marks),
+                    reason=self._reason(state, candidate),
                     until=until,
-                    chosen_from=candidate in self._usable,
+                    chosen_from=candidate in self._usable and candidate.has_room,
                     load=candidate.load,
+                    limit=candidate.limit,
                 )
             )
         return rows
 
-    def _reason(self, state: State, marks: _Marks | None) -> str:
+    def _reason(self, state: State, candidate: Candidate) -> str:
         match state:
+            case "full":
+                return f"{candidate.load} requests of {candidate.limit}"
             case "inhibited":
-                return marks.reason or "failed" if marks is not None else ""
+                return self._board.marks[candidate.instance_id].reason or "failed"
             case "suspect":
                 return "silent with requests open"
             case "overloaded":
                 return "refused at capacity"
             case "busy":
-                return "load report"
+                return self._busy[candidate.instance_id]
             case "draining":
                 return "takes nothing new"
-            case _:
+            case "barred":
+                return self._barred_because
+            case "free":
                 return ""
 
     # -- inside
 
-    def _marks_of(self, instance_id: int) -> _Marks | None:
-        """The marks to change; None for an unknown instance."""
-        if instance_id not in self._candidates:
-            return None
+    def _changed(self) -> None:
         self._stale_at = _ALWAYS_STALE
-        marks = self._marks.get(instance_id)
-        if marks is None:
-            marks = self._marks[instance_id] = _Marks()
-        return marks
 
     def _state(self, instance_id: int, now: float) -> tuple[State, float | None]:
         """The hardest thing held against it, and until when."""
-        marks = self._marks.get(instance_id)
+        if self._allowed is not None and instance_id not in self._allowed:
+            return "barred", None
+        marks = self._board.marks.get(instance_id)
         if marks is not None and marks.draining:
             return "draining", None
         if instance_id in self._busy:
@@ -232,6 +263,10 @@ class Availability:
             return "suspect", None
         return "free", None
 
+    def _state_with_room(self, candidate: Candidate, now: float) -> tuple[State, float | None]:
+        state, until = self._state(candidate.instance_id, now)
+        return ("full", None) if state == "free" and not candidate.has_room else (state, until)
+
     def _sort(self, now: float) -> None:
         """Compute who may be chosen, and until when that holds."""
         free: list[Candidate] = []
@@ -239,9 +274,9 @@ class Availability:
         inhibited: list[tuple[float, int, Candidate]] = []
         overloaded: list[tuple[float, int, Candidate]] = []
         stale_at = math.inf
-        marks, busy = self._marks, self._busy
-        for order, (instance_id, candidate) in enumerate(self._candidates.items()):
-            if instance_id not in marks and instance_id not in busy:
+        marks, busy, allowed = self._board.marks, self._busy, self._allowed
+        for order, (instance_id, candidate) in enumerate(self._board.candidates.items()):
+            if instance_id not in marks and instance_id not in busy and (allowed is None or instance_id in allowed):
                 free.append(candidate)
                 continue
             state, until = self._state(instance_id, now)
@@ -257,55 +292,49 @@ class Availability:
                 overloaded.append((until, order, candidate))
         inhibited.sort()
         overloaded.sort()
-        self._suspects = suspects
+        self._suspects = tuple(suspects)
         self._inhibited = [candidate for _, _, candidate in inhibited]
         self._overloaded = [candidate for _, _, candidate in overloaded]
         self._free = tuple(free)
         self._usable = tuple(free or suspects or self._inhibited[:1] or self._overloaded[:1])
         self._stale_at = stale_at
 
+    def _groups(self, excluded: AbstractSet[int]) -> Iterator[Sequence[Candidate]]:
+        """Whom to look at, in order of preference, when the free ones are not enough."""
+        yield self._free
+        if all(candidate.instance_id in excluded for candidate in self._free):
+            yield self._suspects
+            for candidate in self._inhibited:
+                yield (candidate,)
+        for candidate in self._overloaded:
+            yield (candidate,)
+
     def _without(self, excluded: AbstractSet[int]) -> tuple[Candidate, ...]:
         """The best group that has an instance not yet tried."""
-        for group in (self._free, self._suspects):
+        for group in self._groups(excluded):
             if left := tuple(candidate for candidate in group if candidate.instance_id not in excluded):
                 return left
-        for candidate in (*self._inhibited, *self._overloaded):
-            if candidate.instance_id not in excluded:
-                return (candidate,)
         return ()
 
     def _target(self, instance_id: int, now: float, excluded: AbstractSet[int]) -> Candidate:
-        candidate = self._candidates.get(instance_id)
+        candidate = self._board.candidates.get(instance_id)
+        named = f"instance_id={instance_id} of endpoint {self._endpoint}"
         if candidate is None:
             raise ConnectFailed(f"instance_id={instance_id} not found for endpoint {self._endpoint}", instance=instance_id)
         if instance_id in excluded:
-            raise Unavailable(f"instance_id={instance_id} of endpoint {self._endpoint} was already tried", instance=instance_id)
-        state, until = self._state(instance_id, now)
-        if state == "draining":
-            raise Unavailable(f"instance_id={instance_id} of endpoint {self._endpoint} is draining", instance=instance_id)
+            raise Unavailable(f"{named} was already tried", instance=instance_id)
+        state, _ = self._state(instance_id, now)
+        if state in ("draining", "barred"):
+            raise Unavailable(f"{named} cannot be used: {self._reason(state, candidate)}", instance=instance_id)
         if state == "busy":
-            wait = _wait_text(until, now)
-            raise Overloaded(f"instance_id={instance_id} of endpoint {self._endpoint} is busy; {wait}", instance=instance_id)
+            reason = self._busy[instance_id]
+            raise Overloaded(f"{named} is busy ({reason}); retry after the next load report", instance=instance_id)
         return candidate
 
     def _nobody(self, now: float, excluded: AbstractSet[int]) -> StatorError:
         """The error when no candidate is left: `Overloaded` if capacity is what is missing, else `Unavailable`."""
-        text = f"no workers available for endpoint {self._endpoint}"
-        if not self._candidates:
-            return Unavailable(text)
-        states = {instance_id: self._state(instance_id, now) for instance_id in self._candidates}
-        full = [until for state, until in states.values() if state in ("overloaded", "busy")]
-        draining = sum(state == "draining" for state, _ in states.values())
-        if full:
-            first = None if None in full else min(until for until in full if until is not None)
-            others = len(states) - len(full)
-            beside = f" ({others} others draining or already tried)" if others else ""
-            return Overloaded(
-                f"{len(full)} of {len(states)} workers of endpoint {self._endpoint} are busy{beside}; {_wait_text(first, now)}"
-            )
-        tried = sum(instance_id in excluded for instance_id in states)
-        return Unavailable(f"{text}: of {len(states)} known, {draining} are draining and {tried} were tried")
-
-
-def _wait_text(until: float | None, now: float) -> str:
-    return "retry after the next load report" if until is None else f"retry in {max(0.0, until - now):.1f} s"
+        standings: list[Standing] = []
+        for candidate in self._board.candidates.values():
+            state, until = self._state_with_room(candidate, now)
+            standings.append(Standing(candidate, state, until))
+        return shortage(self._endpoint, standings, busy=self._busy, barred=self._barred_because, tried=excluded, now=now)

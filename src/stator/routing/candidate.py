@@ -17,3 +17,10 @@ class Candidate(msgspec.Struct, kw_only=True, eq=False, gc=False):
     """"cpu", "cuda" or "" where the record does not say"""
     load: int = 0
     """requests of this process in flight; written by `Occupancy` alone"""
+    limit: int | None = None
+    """requests it is given at once; None: any number. Whoever chooses asks again among those with room when it met one without"""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given another request."""
+        return self.limit is None or self.load < self.limit

@@ -36,9 +36,22 @@ class RoutingConfig(Config, frozen=True, kw_only=True):
             gt=0,
         ),
     ] = 1.0
+    slots_factor: Annotated[
+        float,
+        Setting(
+            doc="requests given to a worker at once, as multiple of those its card says it runs at once (max_num_seqs); 0: any number",
+            ge=0,
+        ),
+    ] = 1.0
     retry_ratio: Annotated[float, Setting(doc="retries allowed per request, on average", ge=0, le=1)] = 0.2
     retry_rate: Annotated[float, Setting(doc="retries allowed per second beside that", ge=0)] = 10.0
     attempts: Annotated[int, Setting(doc="instances that one request may try", ge=1, le=256)] = 16
+
+    def limit_of(self, slots: int | None) -> int | None:
+        """How many requests a worker that runs `slots` at once is given; None: any number."""
+        if slots is None or slots < 1 or not self.slots_factor:
+            return None
+        return max(1, int(slots * self.slots_factor))
 
     def check(self) -> None:
         if self.inhibit_first > self.inhibit_most:

@@ -1,6 +1,6 @@
 """How many requests are in flight at each instance: one table per endpoint and process."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from stator.routing.candidate import Candidate
 
@@ -16,6 +16,8 @@ class Occupancy:
 
     def __init__(self) -> None:
         self._candidates: dict[int, Candidate] = {}
+        self.on_room: Callable[[], None] | None = None
+        """called when a request ended at an instance that takes a limited number"""
 
     def update(self, instances: Mapping[int, str]) -> tuple[Candidate, ...]:
         """Follow discovery: `instances` is id → device type of all instances now. Their candidates, in that order."""
@@ -38,6 +40,8 @@ class Occupancy:
         """That request ended, in whatever way."""
         if candidate.load > 0:
             candidate.load -= 1
+            if self.on_room is not None and candidate.limit is not None:
+                self.on_room()
 
     def load(self, instance_id: int) -> int:
         """Requests in flight; 0 for an unknown instance."""

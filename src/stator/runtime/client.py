@@ -13,6 +13,7 @@ from stator.protocol.values import encode_json
 from stator.routing import (
     ANYWHERE,
     Attempts,
+    Availability,
     AvailabilityRow,
     Candidate,
     Direct,
@@ -45,6 +46,7 @@ class Client:
     def __init__(self, services: Services, endpoint: EndpointId, policy: Policy, *, item_type: Any = Any) -> None:
         self._services = services
         self._view: InstanceView = services.view(endpoint)
+        self._availability = self._view.availability
         self._policy = policy
         self._item_type = item_type
         routing = services.routing
@@ -80,7 +82,27 @@ class Client:
 
     def explain(self) -> list[AvailabilityRow]:
         """Each instance, whether it may be chosen, and why not."""
-        return self._view.availability.explain(self._services.wheel.now())
+        return self._availability.explain(self._services.wheel.now())
+
+    # -- who may be chosen
+
+    @property
+    def view(self) -> InstanceView:
+        """The instances; shared with all clients of the endpoint."""
+        return self._view
+
+    def set_apart(self) -> Availability:
+        """From now on this client has facts of its own, which others at the endpoint do not heed: whom it is restricted to, who is busy."""
+        self._availability = self._view.availability.part()
+        return self._availability
+
+    def room(self) -> int | None:
+        """How many more requests it can give away now, as far as this process knows; None: any number."""
+        return self._availability.room(self._services.wheel.now())
+
+    def pressure(self) -> str:
+        """Why there is no room, for people; "" if there is."""
+        return self._availability.pressure(self._services.wheel.now())
 
     # -- calling
 
@@ -239,8 +261,7 @@ class Client:
         return Route(policy=policy, request=request, retry=retry, choose=self._choose, attempts=self._attempts)
 
     def _choose(self, view: InstanceView, policy: Policy, request: RouteRequest) -> Candidate:
-        free = view.availability.free(self._services.wheel.now(), request)
-        return policy.choose(free, request, self._services.random)
+        return self._availability.choose(policy, self._services.wheel.now(), request, self._services.random)
 
     def _attempts(self) -> Attempts:
         return Attempts(self._budget, limit=self._services.routing.attempts)

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from stator.discovery.interface import Discovery
 from stator.errors import Unavailable
 from stator.protocol.ids import EndpointId
 from stator.protocol.records import EndpointRecord, Query
-from stator.routing import Availability, Occupancy, RoutingConfig
+from stator.routing import Availability, Candidate, Occupancy, RoutingConfig
 
 __all__ = ["InstanceView"]
 
@@ -32,6 +32,10 @@ class InstanceView:
         self.now = now
         self.synced = asyncio.Event()
         """set once the first snapshot was seen"""
+        self._routing = routing
+        self._slots: Mapping[int, int] = {}
+        self._candidates: tuple[Candidate, ...] = ()
+        self._watchers: dict[object, Callable[[], None]] = {}
         self._forget = forget
         self._changed = asyncio.Event()
 
@@ -45,15 +49,54 @@ class InstanceView:
         """These are all instances now. One whose record changed is another process under the same id: it starts anew."""
         gone = [record for instance, record in self.records.items() if records.get(instance) != record]
         self.records = records
-        self.availability.update(
-            self.occupancy.update({instance: record.device_type or "" for instance, record in records.items()})
-        )
+        self._candidates = self.occupancy.update({instance: record.device_type or "" for instance, record in records.items()})
+        self._set_limits()
+        self.availability.update(self._candidates)
         for record in gone:
             self.availability.forget(record.instance_id)
             self._forget(record)
         self.synced.set()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self.more_room()
+
+    # -- how much each may carry
+
+    def set_slots(self, slots: Mapping[int, int]) -> None:
+        """How many requests each instance says it runs at once; those not in it take any number. `routing.slots_factor` scales it."""
+        if slots != self._slots:
+            self._slots = dict(slots)
+            self._set_limits()
+            self.more_room()
+
+    def watch_room(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` whenever there may be more room: a request ended at an instance with a limit, an instance came, or is no
+        longer busy. Returns what ends it, which may be called twice.
+        """
+        token = object()
+        self._watchers[token] = callback
+        self.occupancy.on_room = self.more_room
+
+        def end() -> None:
+            self._watchers.pop(token, None)
+            if not self._watchers:
+                self.occupancy.on_room = None
+
+        return end
+
+    def more_room(self) -> None:
+        """Tell those who watch. What one of them raises is logged."""
+        for callback in tuple(self._watchers.values()):
+            try:
+                callback()
+            except Exception:
+                logger.exception("somebody who waits for room at %s failed", self.endpoint)
+
+    def _set_limits(self) -> None:
+        for candidate in self._candidates:
+            candidate.limit = self._routing.limit_of(self._slots.get(candidate.instance_id))
+
+    # -- waiting
 
     async def wait_for(self, count: int, timeout: float | None) -> list[int]:
         """Wait until `count` instances are listed; their ids, sorted. Raises `Unavailable` after `timeout` seconds."""
