@@ -12,15 +12,11 @@ from stator.errors import ConfigError, EngineError, Overloaded, Unavailable
 from stator.llm.card import ModelCard
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
-from stator.protocol.ids import EndpointId
-from stator.protocol.records import ModelRecord
 from stator.runtime.context import Context
-from stator.runtime.engine import Generate
+from stator.testing.worker_host import INSTANCE, FakeHost, FakeServed
 from stator.worker import EXIT_DEADLINE, EXIT_FAILED, EXIT_OK, EngineConfig, LLMEngine, Worker, WorkerConfig
 
 pytestmark = pytest.mark.timeout(20)
-
-INSTANCE = 0xABC
 
 
 class ScriptedEngine(LLMEngine):
@@ -51,67 +47,6 @@ class ScriptedEngine(LLMEngine):
     async def cleanup(self) -> None:
         self.log.append("cleanup")
         await self.on_cleanup()
-
-
-class FakeServed:
-    """An endpoint with a number of running requests that a test sets."""
-
-    def __init__(self, log: list[str], generate: Generate) -> None:
-        self.log = log
-        self.generate = generate
-        self.inflight = 0
-        self.ended = asyncio.Event()
-
-    async def unregister(self) -> None:
-        self.log.append("unregister")
-
-    def drain(self) -> None:
-        self.log.append("refuse")
-
-    async def idle(self) -> None:
-        if self.inflight:
-            await self.ended.wait()
-
-    def finish(self) -> None:
-        self.inflight = 0
-        self.ended.set()
-
-    def kill_all(self) -> None:
-        self.log.append("kill")
-        self.finish()
-
-    async def aclose(self) -> None:
-        self.log.append("close")
-
-
-class FakeHost:
-    """A runtime that keeps records in a list."""
-
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
-        self.instance_id = INSTANCE
-        self.served: FakeServed | None = None
-        self.records: list[ModelRecord] = []
-        self.fail: dict[str, Exception] = {}
-
-    async def serve(self, endpoint: EndpointId, generate: Generate) -> FakeServed:
-        self._note(f"serve {endpoint}")
-        self.served = FakeServed(self.log, generate)
-        return self.served
-
-    async def publish(self, record: ModelRecord) -> None:
-        self._note("publish")
-        self.records.append(record)
-
-    async def withdraw(self, record: ModelRecord) -> None:
-        self._note("withdraw")
-        self.records.remove(record)
-
-    def _note(self, step: str) -> None:
-        self.log.append(step)
-        error = self.fail.get(step.split()[0])
-        if error is not None:
-            raise error
 
 
 async def _nothing() -> None:
@@ -146,7 +81,7 @@ class Stage:
         return self.host.served
 
 
-START = ["start abc", "serve dynamo.backend.generate", "publish"]
+START = ["start abc", "publish", "serve dynamo.backend.generate"]
 END = ["unregister", "withdraw", "refuse", "drain engine", "cleanup", "close"]
 
 
@@ -213,13 +148,15 @@ async def test_a_start_that_fails_is_one_line_and_status_1(
     assert [record.getMessage() for record in caplog.records] == [line]
 
 
-@pytest.mark.parametrize(("step", "undone"), [("serve", ["cleanup"]), ("publish", END)])
-async def test_what_was_started_is_undone_when_serving_fails(step: str, undone: list[str]) -> None:
+@pytest.mark.parametrize("step", ["serve", "publish"])
+async def test_what_was_started_is_undone_when_serving_fails(step: str) -> None:
+    """A record whose registration failed may be there all the same."""
     stage = Stage(grace_period=3600)
     stage.host.fail = {step: Unavailable("discovery is gone"), "withdraw": Unavailable("still gone")}
     async with asyncio.timeout(5):
         assert await stage.worker.run() == EXIT_FAILED
-    assert stage.log == START[: START.index(next(s for s in START if s.startswith(step))) + 1] + undone
+    started = START[: START.index(next(s for s in START if s.startswith(step))) + 1]
+    assert stage.log == [*started, "withdraw", "cleanup"]
 
 
 async def test_shutdown_before_the_start_starts_nothing() -> None:

@@ -38,7 +38,7 @@ Model = Annotated[str, typer.Option(help="Model: a directory or an id. Empty: th
 Engine = Annotated[
     str,
     typer.Option(
-        help="What generates: echo, transformers, a plug-in, or your own as module:Class. "
+        help="What generates: echo, transformers, mocker, a plug-in, or your own as module:Class or module:function. "
         "Default: transformers if a model is given, else echo."
     ),
 ]

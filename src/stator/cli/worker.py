@@ -23,7 +23,7 @@ _START_LIMIT = 2.0
 
 
 class StartFailed(StatorError):
-    """The engine could not start, or the endpoint could not be served; the message says why."""
+    """The engine could not start or has failed, or the endpoint could not be served; the message says why."""
 
 
 def engine_name(engine: str, model: str) -> str:
@@ -62,7 +62,7 @@ async def run_worker(
 
 
 def _create(engine: str, options: Mapping[str, str]) -> LLMEngine:
-    """Touches the disk. A `module:Class` may lie in the working directory; what is installed comes first."""
+    """Touches the disk. A `module:Class` or `module:function` may lie in the working directory; what is installed comes first."""
     if ":" in engine and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return create_engine(engine, options)
@@ -89,7 +89,7 @@ class _Process:
             logger.info("%s", text)
 
     def failed(self, reason: str) -> None:
-        """Why the start failed."""
+        """Why the start, or the engine, failed."""
         self._failure = reason
 
     async def run(self, worker: Worker) -> int:

@@ -1,6 +1,10 @@
-"""Engines by name: the entry points of the group `stator.engines`, the built-in ones included, or `module:Class`."""
+"""Engines by name: the entry points of the group `stator.engines`, the built-in ones included, or `module:Class`.
+
+Where a class is expected, an async generator function will do: it becomes a `FunctionEngine`.
+"""
 
 import importlib
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +13,7 @@ from stator.errors import ConfigError
 from stator.runtime.plugins import load_plugin, plugin_names
 from stator.settings import load
 from stator.worker.engine import LLMEngine
+from stator.worker.function_engine import FunctionEngine, FunctionOptions
 
 __all__ = ["create_engine", "known_engines", "load_engine"]
 
@@ -25,12 +30,25 @@ def known_engines() -> list[str]:
 def load_engine(name: str) -> type[LLMEngine]:
     """The class of an engine; `name` may also be `module:Class`, which needs no installed plug-in. Imports it.
 
-    Raises `ConfigError` for a name that is not installed (listing those that are) and for what cannot be imported.
+    Raises `ConfigError` for a name that is not installed (listing those that are), for what cannot be imported, and for a function.
     """
-    found = _import(name) if ":" in name else load_plugin(_GROUP, name)
-    if not isinstance(found, type) or not callable(getattr(found, "generate", None)):
-        raise ConfigError(f"engine {name!r} is {found!r}, which is no engine: expected a class with generate()")
-    return found  # pyright: ignore[reportUnknownVariableType]  # a plug-in's class; its shape was checked as far as it can be
+    found = _find(name)
+    if inspect.isasyncgenfunction(found):
+        raise _no_engine(name, found, "a class with generate()")
+    return found
+
+
+def _find(name: str) -> Any:
+    """A class with `generate`, or a function."""
+    found: Any = _import(name) if ":" in name else load_plugin(_GROUP, name)
+    whole = callable(getattr(found, "generate", None)) if isinstance(found, type) else inspect.isasyncgenfunction(found)
+    if not whole:
+        raise _no_engine(name, found, "a class with generate(), or an async generator function")
+    return found
+
+
+def _no_engine(name: str, found: object, expected: str) -> ConfigError:
+    return ConfigError(f"engine {name!r} is {found!r}, which is no engine: expected {expected}")
 
 
 def _import(path: str) -> Any:
@@ -48,9 +66,11 @@ def create_engine(name: str, options: Mapping[str, Any] | None = None) -> LLMEng
     Reads the settings file if there is one: not for the event loop. Raises `ConfigError` for an unknown engine or option, or a
     value out of range.
     """
-    engine_type: Any = load_engine(name)
-    found = load(engine_type.options_type, options)
-    return engine_type(found) if _takes_options(engine_type) else engine_type()
+    engine: Any = _find(name)
+    if inspect.isasyncgenfunction(engine):
+        return FunctionEngine(engine, load(FunctionOptions, options))
+    found = load(engine.options_type, options)
+    return engine(found) if _takes_options(engine) else engine()
 
 
 def _takes_options(engine_type: type) -> bool:

@@ -115,6 +115,7 @@ class SystemHealth:
         self._canary = canary
         self._system: Status = starting_status
         self._system_reason = "starting status"
+        self._shown_reason = ""
         self._system_since = self._begin
         self._listed = tuple(dict.fromkeys(listed))
         self._endpoints: dict[str, _Endpoint] = {}
@@ -172,12 +173,16 @@ class SystemHealth:
 
     # -- what changes -----------------------------------------------------------------------------------------------------
 
-    def set_system(self, ready: bool, reason: str = "set by the program") -> None:
-        """The process's own word. Decides only when there are neither listed endpoints nor targets."""
+    def set_system(self, ready: bool, reason: str = "") -> None:
+        """The process's own word. Decides only when there are neither listed endpoints nor targets.
+
+        Why it is not ready is shown on the health page, beside what the reference has there.
+        """
         status: Status = "ready" if ready else "notready"
         if status != self._system:
             self._system_since = self._now()
-        self._system, self._system_reason = status, reason
+        self._system, self._system_reason = status, reason or "set by the program"
+        self._shown_reason = "" if ready else reason
         self._refresh()
 
     def set_endpoint(self, endpoint: str, state: EndpointState, reason: str) -> None:
@@ -240,10 +245,15 @@ class SystemHealth:
         return Explanation(status=self._status, seconds=now - self._status_since, rule=rule, obstacles=tuple(obstacles))
 
     def body(self) -> bytes:
-        """The health page as JSON, keys in the reference's order (`spec/25 §5`); endpoints in order of registration."""
+        """The health page as JSON, keys in the reference's order (`spec/25 §5`); endpoints in order of registration.
+
+        Ours alone, at the end: `reason`, while the process is not ready and has said why.
+        """
         secs, nanos = divmod(round(self.uptime * 1e9), 10**9)
         endpoints = {name: entry.state.status for name, entry in self._endpoints.items()}
-        page = {"status": self._status, "uptime": {"secs": secs, "nanos": nanos}, "endpoints": endpoints}
+        page: dict[str, Any] = {"status": self._status, "uptime": {"secs": secs, "nanos": nanos}, "endpoints": endpoints}
+        if self._shown_reason and self._status != "ready":
+            page["reason"] = self._shown_reason
         return msgspec.json.encode(page)
 
     # -- inside -----------------------------------------------------------------------------------------------------------

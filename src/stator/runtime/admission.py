@@ -16,7 +16,11 @@ class AdmissionConfig(Config, frozen=True, kw_only=True):
 
     slots: Annotated[
         int | None,
-        Setting(doc="requests answered at once; none: pool_slots, with pool_queue", ge=1, dyn="DYN_ENGINE_REQUEST_LIMIT"),
+        Setting(
+            doc="requests answered at once; none: what the engine declares (max_num_seqs), else pool_slots, with pool_queue",
+            ge=1,
+            dyn="DYN_ENGINE_REQUEST_LIMIT",
+        ),
     ] = None
     queue: Annotated[
         int,
@@ -55,6 +59,9 @@ class Admission:
         self.slots, self.room = config.limits
         self.limited = config.slots is not None
         """whether the engine's own limit is in force"""
+        self._queue_limit = config.queue
+        self._decided = config.limits != AdmissionConfig().limits
+        self._suggested = 0
         self.running = 0
         """slots in use"""
         self._handing_out = False
@@ -70,6 +77,15 @@ class Admission:
         """Whether a request that came now would be refused."""
         return self.running >= self.slots and len(self._queue) >= self.room
 
+    def suggest(self, slots: int) -> None:
+        """An engine of this process answers so many requests at once; `queue` more may wait. What the operator has set stands.
+
+        Several engines of one process share the sum.
+        """
+        if not self._decided:
+            self._suggested += slots
+            self.slots, self.room, self.limited = self._suggested, self._queue_limit, True
+
     def take(self) -> bool:
         """Take a slot if one is free."""
         if self.running >= self.slots:
@@ -80,9 +96,11 @@ class Admission:
     def wait(self, who: Waiting) -> None:
         """Queue `who`, to `begin` with a slot of its own. Raises `Overloaded`, which names the limits, when the queue is full."""
         if len(self._queue) >= self.room:
-            limit, queue = ("slots", "queue") if self.limited else ("pool_slots", "pool_queue")
+            limit, queue = ("admission.slots", "queue") if self.limited else ("admission.pool_slots", "pool_queue")
+            if self._suggested:
+                limit = "the engine's max_num_seqs"
             raise Overloaded(
-                f"worker at capacity: {self.running} requests run (admission.{limit} = {self.slots}) and "
+                f"worker at capacity: {self.running} requests run ({limit} = {self.slots}) and "
                 f"{len(self._queue)} wait (admission.{queue} = {self.room})"
             )
         self._queue[who] = None

@@ -271,9 +271,16 @@ class Runtime:
 
     # -- what a worker needs (`stator.worker.worker.WorkerHost`)
 
-    async def serve(self, endpoint: EndpointId, generate: Generate) -> ServedEndpoint:
-        """Begin to serve; the caller ends it."""
-        return await Endpoint(self._services, endpoint).start(generate)
+    async def serve(
+        self, endpoint: EndpointId, generate: Generate, *, slots: int | None = None, **options: Any
+    ) -> ServedEndpoint:
+        """Begin to serve; the caller ends it. `options` are those of `Endpoint.start`.
+
+        `slots`: requests that are answered at once where the operator has set no limit (`Admission.suggest`).
+        """
+        if slots is not None:
+            self._services.meter.admission.suggest(slots)
+        return await Endpoint(self._services, endpoint).start(generate, **options)
 
     async def publish(self, record: ModelRecord) -> None:
         """Put a model card into discovery."""

@@ -22,6 +22,16 @@ class WorkerConfig(Config, frozen=True, kw_only=True):
     component: Annotated[str, Setting(doc="component to serve as", dyn="DYN_COMPONENT")] = "backend"
     endpoint: Annotated[str, Setting(doc="endpoint name", dyn="DYN_ENDPOINT")] = "generate"
     served_name: Annotated[str, Setting(doc="name clients ask for; empty: the model's own")] = ""
+    enable_kv_events: Annotated[
+        bool, Setting(doc="publish the KV events of the engine, for routers that know which worker has which prefix")
+    ] = True
+    health_payload: Annotated[
+        str,
+        Setting(
+            doc="request the canary sends: a JSON object, or @ and the path of a file with one; empty: the engine's own",
+            dyn="DYN_HEALTH_CHECK_PAYLOAD",
+        ),
+    ] = ""
     grace_period: Annotated[
         float,
         Setting(

@@ -28,7 +28,13 @@ def served_card(config: EngineConfig, *, served_name: str = "") -> ModelCard:
         display_name=name,
         slug=card.slug if name == card.display_name else "",
         kv_cache_block_size=config.kv_cache_block_size or card.kv_cache_block_size,
-        runtime_config=msgspec.structs.replace(runtime, **limits),
+        runtime_config=msgspec.structs.replace(
+            runtime,
+            data_parallel_start_rank=config.data_parallel_start_rank,
+            data_parallel_size=config.data_parallel_size,
+            enable_local_indexer=False,  # nobody here answers queries about the cache
+            **limits,
+        ),
     )
 
 
