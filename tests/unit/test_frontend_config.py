@@ -49,6 +49,7 @@ def test_names_of_the_reference() -> None:
         "DYN_HTTP_BODY_LIMIT_MB": "body_limit",
         "DYN_HTTP_OVERLOAD_STATUS_CODE": "overload_status",
         "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": "graceful_shutdown",
+        "DYN_DISABLE_FRONTEND_ADMIN_API": "admin_api",
         "DYN_METRICS_PREFIX": "metrics_prefix",
     }
     (limit,) = [field for field in fields_of(FrontendConfig) if field.name == "body_limit"]

@@ -10,6 +10,7 @@ from stator.clock import Clock
 from stator.frontend import service
 from stator.frontend.body import too_large
 from stator.frontend.boundary import boundary, failure_response
+from stator.frontend.busy_threshold import BusyThreshold, LoadControl
 from stator.frontend.config import FrontendConfig
 from stator.frontend.generation import CHAT, COMPLETIONS, Generation
 from stator.frontend.metrics import FrontendMetrics
@@ -26,10 +27,12 @@ def create_app(
     metrics: FrontendMetrics,
     clock: Clock,
     new_id: Callable[[], str] | None = None,
+    load: LoadControl | None = None,
 ) -> web.Application:
     """An aiohttp application that answers OpenAI's API with the models of `source`; routes may be added until it runs.
 
-    `new_id` makes request ids (UUIDs; default: random ones). Serve it with `FrontendServer`, which adds the deadlines and
+    `new_id` makes request ids (UUIDs; default: random ones). `load` is what `/busy_threshold` reads and changes; without it, or with
+    `admin_api` off, there is no such route. Serve it with `FrontendServer`, which adds the deadlines and
     limits that belong to connections.
     """
     app = web.Application(middlewares=[boundary], client_max_size=config.body_limit)
@@ -44,6 +47,11 @@ def create_app(
     router.add_get("/health", service.health)
     router.add_get("/live", service.live)
     router.add_get("/metrics", service.metrics)
+
+    if load is not None and config.admin_api != "off":
+        thresholds = BusyThreshold(load, loopback_only=config.admin_api == "loopback")
+        router.add_get("/busy_threshold", thresholds.get)
+        router.add_post("/busy_threshold", thresholds.post)
 
     metrics.follow(source.models)
 

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from stator.errors import StatorError
-from stator.frontend.errors import DRAINING, Failure, describe, render
+from stator.frontend.errors import DRAINING, Failure, Rejected, describe, render
 from stator.frontend.state import SERVER, STATE, TICKET, FrontendState
 from stator.frontend.ticket import Ticket
 
@@ -64,9 +64,9 @@ async def _answer(request: web.Request, handler: _Handler, state: FrontendState,
 
 
 def describe_logged(error: Exception, state: FrontendState, ticket: Ticket) -> Failure:
-    """`describe`, with what the client must not see in the log."""
+    """`describe`, with what the client must not see in the log. Our own refusals are no news one by one: `Gate` reports them."""
     failure = describe(error, request_id=ticket.shown_id, model=ticket.model, overload_status=state.config.overload_status)
-    if failure.status >= 500:
+    if failure.status >= 500 and not (isinstance(error, Rejected) and failure.label == "overload"):
         bug = not isinstance(error, StatorError)
         facts = {"request_id": ticket.shown_id, "model": ticket.model[:200]}
         level = logging.ERROR if bug else logging.WARNING
@@ -78,7 +78,7 @@ def failure_response(failure: Failure, state: FrontendState) -> web.Response:
     """An error answer that has not begun yet."""
     response = web.Response(status=failure.status, body=render(failure), content_type="application/json")
     if failure.retry:
-        response.headers["Retry-After"] = str(state.config.retry_after)
+        response.headers["Retry-After"] = str(failure.retry_after or state.config.retry_after)
     return response
 
 
@@ -109,6 +109,8 @@ def _log(state: FrontendState, ticket: Ticket, request: web.Request, outcome: st
     if ticket.endpoint:
         fields |= {"endpoint": ticket.endpoint, "model": ticket.model, "stream": ticket.stream}
     fields |= ticket.meter.summary(now) if ticket.meter else {"duration_ms": round((now - ticket.began) * 1e3, 3)}
+    if ticket.admission is not None and (waited := ticket.admission.waited) > 0:
+        fields["queue_ms"] = round(waited * 1e3, 3)
     fields |= {"method": request.method, "uri": request.path}
     level = logging.INFO if ticket.endpoint else logging.DEBUG
     began = ticket.began if ticket.endpoint else 0.0

@@ -6,8 +6,9 @@ from contextlib import suppress
 
 import msgspec
 
-from stator.errors import StatorError
+from stator.errors import Overloaded, StatorError
 from stator.frontend.chunks import Usage
+from stator.frontend.gate import Admission
 from stator.frontend.limit import Limit
 from stator.frontend.metrics import RequestMeter
 from stator.llm.output import EngineOutput
@@ -26,7 +27,7 @@ _SEEDS = 2**63
 class Choice:
     """One engine call. `index` is the choice's in the answer, `prompt` the number of its prompt."""
 
-    __slots__ = ("counted", "index", "kind", "post", "prompt", "request", "request_id")
+    __slots__ = ("answered", "counted", "index", "kind", "post", "prompt", "request", "request_id")
 
     def __init__(self, served: ServedModel, request: PreprocessedRequest, *, index: int, prompt: int, request_id: str) -> None:
         self.index = index
@@ -35,6 +36,8 @@ class Choice:
         self.request_id = request_id
         self.kind = served.card.worker_type
         self.post = Postprocessor(served.preprocessor.tokenizer, request)
+        self.answered = False
+        """whether an item has come"""
         self.counted = 0
 
     def new_tokens(self) -> int:
@@ -79,6 +82,7 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True):
     open_stream: Callable[[Choice], TokenStream]
     emit: Emit
     meter: RequestMeter
+    admission: Admission
     wheel: DeadlineWheel
     now: Callable[[], float]
 
@@ -105,16 +109,36 @@ async def _caught(work: Awaitable[None]) -> Exception | None:
 
 
 async def _run_one(choice: Choice, calls: Calls) -> None:
+    """Make the call when it is its turn. Refused by a worker before anything was delivered, it waits for another one, a few times."""
+    admission = calls.admission
+    try:
+        while True:
+            await admission.turn(choice.index)
+            try:
+                return await _call(choice, calls)
+            except Overloaded as error:
+                if choice.answered:
+                    raise
+                if not admission.returned(choice.index):
+                    raise admission.refused_by_worker() from error
+    finally:
+        admission.ended(choice.index)
+
+
+async def _call(choice: Choice, calls: Calls) -> None:
     """Token path: one step per batch of items, whatever their number."""
     post, emit, now = choice.post, calls.emit, calls.now
-    sent, answered, in_text = now(), False, 0.0
+    sent, in_text = now(), 0.0
+    opening = calls.open_stream(choice)
+    calls.admission.sending(choice.index, opening)
     try:
-        async with calls.open_stream(choice) as stream:
+        async with opening as stream:
+            calls.admission.routed(choice.index)
             batches = stream.batches()
             async for batch in batches:
                 begin = now()
-                if not answered:
-                    answered = True
+                if not choice.answered:
+                    choice.answered = True
                     # Which worker it is, is not part of every stream; fakes have none.
                     calls.meter.answered(getattr(stream, "instance_id", 0), choice.kind, begin - sent)
                 deltas = post.push_many(batch)
@@ -127,7 +151,7 @@ async def _run_one(choice: Choice, calls: Calls) -> None:
         if (last := post.finish()) is not None:
             await emit(choice, [last])
     finally:
-        if answered:
+        if choice.answered:
             calls.meter.detokenized(post.completion_tokens, in_text)
 
 

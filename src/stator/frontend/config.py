@@ -2,10 +2,11 @@
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from stator.config import Config, Setting
 from stator.errors import ConfigError
+from stator.frontend.admission_limits import AdmissionLimits
 from stator.telemetry.names import FRONTEND_PREFIX
 
 __all__ = ["FrontendConfig", "is_loopback"]
@@ -15,6 +16,10 @@ _MIB = 2**20
 
 def _mebibytes(text: str) -> int:
     return int(text) * _MIB
+
+
+def _disabled(text: str) -> str:
+    return "off" if text.strip().lower() in ("1", "true", "yes", "on") else "loopback"
 
 
 class FrontendConfig(Config, frozen=True, kw_only=True):
@@ -51,15 +56,53 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
     metrics_prefix: Annotated[
         str, Setting(doc="what most names of the frontend's metrics begin with", dyn="DYN_METRICS_PREFIX")
     ] = FRONTEND_PREFIX
-    max_requests: Annotated[int, Setting(doc="requests answered at one time; more are refused as overloaded", ge=1)] = 4096
+    max_requests: Annotated[
+        int, Setting(doc="requests answered at one time, waiting ones included; more are refused as overloaded", ge=1)
+    ] = 4096
     burst: Annotated[
         int, Setting(doc="requests that begin in one turn of the event loop; the others of a burst follow in order", ge=1)
     ] = 16
+    queue: Annotated[
+        int,
+        Setting(
+            doc="calls of one model and priority that wait while its workers are at capacity; half of them of one tenant at most; "
+            "0: none wait, workers refuse for themselves",
+            ge=0,
+        ),
+    ] = 1024
+    queue_wait: Annotated[
+        float, Setting(doc="a request that would probably wait longer than this is refused at once; 0: none is", unit="s", ge=0)
+    ] = 0.5
+    queue_target: Annotated[
+        float,
+        Setting(doc="the same, once the queue has stood above this for queue_burst; 0: queues may stand", unit="s", ge=0),
+    ] = 0.02
+    queue_burst: Annotated[
+        float, Setting(doc="how long a queue may stand until it is no burst any more; 0: for ever", unit="s", ge=0)
+    ] = 0.1
+    queue_timeout: Annotated[float, Setting(doc="longest wait in the queue, whatever was expected", unit="s", gt=0)] = 10.0
+    queue_ageing: Annotated[
+        int, Setting(doc="a priority class that others were preferred to so often is next; 0: it waits for ever", ge=0)
+    ] = 8
+    queue_tenants: Annotated[
+        int, Setting(doc="API keys remembered, to share capacity fairly between them; 0: all are one tenant", ge=0)
+    ] = 1024
+    queue_priorities: Annotated[
+        bool, Setting(doc="whether requests may say their priority (x-stator-priority, service_tier)")
+    ] = True
     max_choices: Annotated[int, Setting(doc="choices of one request: n times the number of prompts", ge=1)] = 2048
     overload_status: Annotated[
         int, Setting(doc="HTTP status of an overload", dyn="DYN_HTTP_OVERLOAD_STATUS_CODE", ge=400, le=599)
     ] = 503
     retry_after: Annotated[int, Setting(doc="what Retry-After says when unavailable or overloaded", unit="s", ge=0)] = 1
+    admin_api: Annotated[
+        Literal["off", "loopback", "all"],
+        Setting(
+            doc="who may read and change /busy_threshold: clients on this machine (a proxy's are), or all; off: the route is not there",
+            dyn="DYN_DISABLE_FRONTEND_ADMIN_API",
+            dyn_read=_disabled,
+        ),
+    ] = "loopback"
     graceful_shutdown: Annotated[
         float,
         Setting(
@@ -69,6 +112,19 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
             ge=0,
         ),
     ] = 5.0
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        """The settings of the queue."""
+        return AdmissionLimits(
+            depth=self.queue,
+            wait=self.queue_wait,
+            target=self.queue_target,
+            burst=self.queue_burst,
+            timeout=self.queue_timeout,
+            ageing=self.queue_ageing,
+            tenants=self.queue_tenants,
+        )
 
     def check(self) -> None:
         """TLS needs both files; plain HTTP stays on loopback unless told otherwise (design, security)."""

@@ -21,7 +21,7 @@ from stator.errors import (
 )
 from stator.llm.openai import InvalidRequest
 
-__all__ = ["DRAINING", "Failure", "Rejected", "describe", "model_not_found", "render"]
+__all__ = ["DRAINING", "Failure", "Rejected", "describe", "model_not_found", "overloaded", "render"]
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +35,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     label: str = "validation"
     retry: bool = False
     """the answer carries Retry-After"""
+    retry_after: int = 0
+    """what it says, in seconds; 0: what `http.retry_after` says"""
 
     def as_error(self) -> dict[str, Any]:
         """The object under `error`."""
@@ -74,7 +76,10 @@ _TABLE: tuple[tuple[type[StatorError], str, str, bool, str], ...] = (
 def describe(error: Exception, *, request_id: str, model: str = "", overload_status: int = Overloaded.http_status) -> Failure:
     """What the client is told about `error`. Never fails and never shows internals."""
     if isinstance(error, Rejected):
-        return error.failure
+        failure = error.failure
+        if failure.label == "overload":
+            failure = msgspec.structs.replace(failure, message=f"{failure.message} Request id: {request_id}")
+        return failure
     if isinstance(error, InvalidRequest):
         return Failure(status=error.status, message=error.message, param=error.param, code=error.openai_code)
     if isinstance(error, EngineError) and error.kind == "InvalidArgument":
@@ -91,6 +96,19 @@ def describe(error: Exception, *, request_id: str, model: str = "", overload_sta
         type="server_error",
         code="internal",
         label="internal",
+    )
+
+
+def overloaded(text: str, *, retry_after: int, status: int = Overloaded.http_status) -> Failure:
+    """A request is refused for want of capacity; `text` says which limit it is."""
+    return Failure(
+        status=status,
+        message=f"{text}; try again in {retry_after} s.",
+        type="server_error",
+        code="overloaded",
+        label="overload",
+        retry=True,
+        retry_after=retry_after,
     )
 
 

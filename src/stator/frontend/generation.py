@@ -11,6 +11,7 @@ from aiohttp import web
 from stator.clock import Clock
 from stator.errors import StatorError
 from stator.frontend.boundary import describe_logged
+from stator.frontend.caller import caller_of
 from stator.frontend.choices import Calls, Choice, Emit, make_choices, run, total_usage
 from stator.frontend.chunks import CHAT_SHAPE, TEXT_SHAPE, ChunkWriter, FinishedChoice, Shape
 from stator.frontend.errors import Failure, Rejected, model_not_found, render
@@ -81,8 +82,17 @@ class Generation:
             served = self._note(ticket, request.model, stream=bool(request.stream))
             if served is None or ticket.meter is None:
                 raise Rejected(model_not_found(request.model))
+            calls = self._check(served, request)
+            caller = caller_of(
+                http.headers,
+                request.service_tier if isinstance(request, ChatRequest) else None,
+                salt=state.tenant_salt,
+                priorities=state.config.queue_priorities,
+            )
+            admission = ticket.admission = state.admissions.enter(served, caller, calls=calls)
             choices = await self._prepare(served, request, ticket, large=len(data) >= _LARGE)
             del data
+        await admission.turn(0)
         writer = ChunkWriter(
             api.shape,
             id=ticket.id,
@@ -99,7 +109,7 @@ class Generation:
 
         if not ticket.stream:
             collected = _Collected(choices, ticket.meter, state.clock)
-            await run(choices, self._calls(ticket.meter, open_stream, collected.emit))
+            await run(choices, self._calls(ticket, open_stream, collected.emit))
             _count_cached(choices, ticket.meter)
             return web.Response(body=collected.answer(writer), content_type="application/json")
         return await self._stream(http, ticket, _Streamed(request, choices, writer, ticket.meter, state.clock), open_stream)
@@ -120,20 +130,33 @@ class Generation:
             if isinstance(seen.model, str):
                 self._note(ticket, seen.model, stream=seen.stream is True)
 
-    def _calls(self, meter: RequestMeter, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> Calls:
-        return Calls(open_stream=open_stream, emit=emit, meter=meter, wheel=self._state.wheel, now=self._state.clock.monotonic)
+    def _calls(self, ticket: Ticket, open_stream: Callable[[Choice], TokenStream], emit: Emit) -> Calls:
+        meter, admission = ticket.meter, ticket.admission
+        assert meter is not None
+        assert admission is not None
+        return Calls(
+            open_stream=open_stream,
+            emit=emit,
+            meter=meter,
+            admission=admission,
+            wheel=self._state.wheel,
+            now=self._state.clock.monotonic,
+        )
 
-    async def _prepare(self, served: ServedModel, request: Request, ticket: Ticket, *, large: bool) -> list[Choice]:
-        """Check what only the model can tell, tokenise, and number the choices."""
+    def _check(self, served: ServedModel, request: Request) -> int:
+        """Check what only the model and the settings can tell; how many engine calls the request is."""
         api, state = self._api, self._state
         if api.model_type not in served.card.model_types:
             raise Rejected(_not_for(api, request.model))
-        n = request.n or 1
-        count = n * (len(request.prompts()) if isinstance(request, CompletionRequest) else 1)
+        count = (request.n or 1) * (len(request.prompts()) if isinstance(request, CompletionRequest) else 1)
         if count > state.config.max_choices:
             text = f"The request asks for {count} choices; {state.config.max_choices} are allowed."
             raise Rejected(Failure(status=400, message=text, param="n", code="too_many_choices"))
-        meter, now = ticket.meter, state.clock.monotonic
+        return count
+
+    async def _prepare(self, served: ServedModel, request: Request, ticket: Ticket, *, large: bool) -> list[Choice]:
+        """Tokenise, and number the choices. Happens while the request may be waiting for its turn."""
+        meter, now = ticket.meter, self._state.clock.monotonic
         assert meter is not None
         timing = PromptTiming(served.preprocessor, now)
         begin = now()
@@ -143,7 +166,7 @@ class Generation:
             else:
                 prompts = _preprocess(timing.preprocessor, request)
         meter.prompt(sum(len(prompt.token_ids) for prompt in prompts), now() - begin, timing)
-        return make_choices(served, prompts, n=n, request_id=ticket.id)
+        return make_choices(served, prompts, n=request.n or 1, request_id=ticket.id)
 
     async def _stream(
         self, http: web.Request, ticket: Ticket, streamed: "_Streamed", open_stream: Callable[[Choice], TokenStream]
@@ -155,7 +178,7 @@ class Generation:
             streamed.events = events
             error: Exception | None = None
             try:
-                await run(streamed.choices, self._calls(streamed.meter, open_stream, streamed.emit))
+                await run(streamed.choices, self._calls(ticket, open_stream, streamed.emit))
             except asyncio.CancelledError as cancelled:
                 error = ticket.recover(cancelled)
             except Exception as failed:

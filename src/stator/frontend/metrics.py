@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from stator.clock import Clock
+from stator.frontend.admission_metrics import AdmissionMetrics
 from stator.frontend.model_gauges import CardGauges, LastSeen
 from stator.frontend.prompt_timing import PromptTiming
 from stator.llm.card import WorkerType
@@ -10,7 +11,7 @@ from stator.llm.served import ServedModel
 from stator.telemetry import Counter, Family, Gauge, Histogram, LoopDelay, MetricSet
 from stator.telemetry.names import FRONTEND_PREFIX, frontend_prefix
 
-__all__ = ["FrontendMetrics", "RequestMeter"]
+__all__ = ["UNKNOWN_MODEL", "FrontendMetrics", "RequestMeter"]
 
 UNKNOWN_MODEL = "unknown_model"
 """label of requests for a model that is not served: names from outside must not make series"""
@@ -86,6 +87,7 @@ class FrontendMetrics:
         self._stages()
         self._cards = CardGauges(page, prefix)
         self.last = LastSeen(page)
+        self.admission = AdmissionMetrics(page)
 
     def _requests(self) -> None:
         request = ("model", "endpoint", "request_type")

@@ -105,7 +105,7 @@ class FrontendServer:
     async def drain(self) -> None:
         """Refuse new requests with 503 and wait for the running ones, at most `graceful_shutdown` seconds. `/metrics` stays."""
         state = self._app[STATE]
-        state.draining = True
+        state.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.graceful_shutdown):
                 await state.idle.wait()

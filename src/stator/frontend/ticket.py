@@ -7,6 +7,7 @@ from uuid import UUID
 
 from stator.errors import StatorError
 from stator.frontend.errors import Failure
+from stator.frontend.gate import Admission
 from stator.frontend.metrics import RequestMeter
 from stator.telemetry import TraceContext, request_id_of
 
@@ -19,7 +20,20 @@ _METADATA = "x-dynamo-meta-"
 class Ticket:
     """Ids, place in the log, and the way to end a request from outside."""
 
-    __slots__ = ("_task", "aborted", "began", "endpoint", "failure", "id", "meter", "model", "shown_id", "stream", "trace")
+    __slots__ = (
+        "_task",
+        "aborted",
+        "admission",
+        "began",
+        "endpoint",
+        "failure",
+        "id",
+        "meter",
+        "model",
+        "shown_id",
+        "stream",
+        "trace",
+    )
 
     def __init__(self, headers: Mapping[str, str], *, new_id: Callable[[], str], now: float) -> None:
         wanted = headers.get("x-dynamo-request-id", "")
@@ -34,6 +48,8 @@ class Ticket:
         self.stream = False
         self.meter: RequestMeter | None = None
         self.failure: Failure | None = None
+        self.admission: Admission | None = None
+        """its place at the workers, or in the queue before them"""
         self.trace: TraceContext | None = None
         self.aborted: StatorError | None = None
         self._task: asyncio.Task[object] | None = None

@@ -54,23 +54,28 @@ async def echo_script(call: EngineCall) -> AsyncGenerator[list[EngineOutput]]:
 
 
 class _Stream:
-    def __init__(self, call: EngineCall, script: Script, refusal: Exception | None) -> None:
+    def __init__(self, engine: "FakeEngine", call: EngineCall) -> None:
+        self._engine = engine
         self._call = call
-        self._batches = script(call)
-        self._refusal = refusal
+        self._batches = engine.script(call)
 
     async def __aenter__(self) -> Self:
-        if self._refusal is not None:
+        engine = self._engine
+        if engine.refusal is not None:
             self._call.end("refused")
-            raise self._refusal
+            raise engine.refusal
         self._call.entered = True
+        engine.running += 1
+        engine.most = max(engine.most, engine.running)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._call.end("killed")
+        self._engine.running -= 1
         await self._batches.aclose()
+        self._engine.changed()
 
     def batches(self) -> AsyncIterator[list[EngineOutput]]:
         return self
@@ -90,11 +95,19 @@ class _Stream:
 
 
 class FakeEngine:
-    """A `TokenEngine` that runs a script and remembers its calls; `refusal` is raised instead of taking a call."""
+    """A `TokenEngine` that runs a script and remembers its calls; `refusal` is raised instead of taking a call.
 
-    def __init__(self, script: Script = echo_script, *, refusal: Exception | None = None) -> None:
+    `places` is how many calls its workers run at once, None for any number; more are taken all the same. Change it with `resize`.
+    """
+
+    def __init__(self, script: Script = echo_script, *, refusal: Exception | None = None, places: int | None = None) -> None:
         self.script = script
         self.refusal = refusal
+        self.places = places
+        self.running = 0
+        self.most = 0
+        """the most calls that ran at once"""
+        self.listeners: list[Callable[[], None]] = []
         self.calls: list[EngineCall] = []
 
     def generate(
@@ -102,7 +115,27 @@ class FakeEngine:
     ) -> _Stream:
         call = EngineCall(request, request_id, metadata, headers)
         self.calls.append(call)
-        return _Stream(call, self.script, self.refusal)
+        return _Stream(self, call)
+
+    def room(self) -> int | None:
+        return None if self.places is None else self.places - self.running
+
+    def pressure(self) -> str:
+        return "" if self.places is None or self.running < self.places else f"{self.running} of {self.places} places taken"
+
+    def on_room(self, callback: Callable[[], None]) -> Callable[[], None]:
+        self.listeners.append(callback)
+        return lambda: self.listeners.remove(callback)
+
+    def resize(self, places: int | None) -> None:
+        """So many places from now on."""
+        self.places = places
+        self.changed()
+
+    def changed(self) -> None:
+        """Tell who listens that there may be room."""
+        for listener in tuple(self.listeners):
+            listener()
 
 
 class FakeModels:
