@@ -1,55 +1,39 @@
-"""What every engine must do (`spec/45 §1, §14`): subclass `EngineSuite`, say how to make one, and pytest collects the cases.
+"""What every engine must do (`spec/45 §1, §14`), in two forms. Subclass `EngineSuite`, say how to make an engine, and pytest collects
+the cases:
 
     class TestMyEngine(EngineSuite):
         def make(self): return MyEngine(MyOptions(model="tiny"))
 
-The cases call the engine as a worker does, through `Guard`, so that stop and kill reach `abort`.
+Or, anywhere: `await run_conformance(MyEngine)`, which raises `ConformanceFailure` at the first rule that is broken.
 """
 
-import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from stator.errors import EngineError, UsageError
-from stator.llm.output import EngineOutput
-from stator.llm.request import PreprocessedRequest, SamplingOptions, StopConditions
-from stator.runtime.context import Context
-from stator.tasks import Scope
-from stator.worker.engine import EngineConfig, LLMEngine
-from stator.worker.guard import Guard
+from stator.llm.request import PreprocessedRequest
+from stator.testing.engine_cases import CASES
+from stator.testing.engine_kit import INSTANCE, ConformanceFailure, EngineKit, RunningEngine, check_answer, collect
+from stator.worker.engine import LLMEngine
 
-__all__ = ["EngineSuite", "RunningEngine", "collect"]
-
-INSTANCE = 0x123456789ABCDEF
-_SOON = 2.0
-"""seconds within which a stopped or killed request must be over (`spec/45 §14`)"""
+__all__ = ["INSTANCE", "ConformanceFailure", "EngineSuite", "RunningEngine", "check_answer", "collect", "run_conformance"]
 
 
-async def collect(stream: AsyncIterator[EngineOutput]) -> list[EngineOutput]:
-    """All items of a stream."""
-    return [output async for output in stream]
+async def run_conformance(
+    factory: Callable[[], LLMEngine],
+    *,
+    prompt: Sequence[int] = tuple(range(1, 33)),
+    time_limit: float = 60.0,
+    loop_limit: float = 0.25,
+) -> None:
+    """Hold engines made by `factory` to every rule. Raises `ConformanceFailure`, naming the rule, at the first that is broken.
 
-
-class RunningEngine:
-    """An engine that has started, called as a worker calls it."""
-
-    def __init__(self, engine: LLMEngine, config: EngineConfig, scope: Scope) -> None:
-        self.engine = engine
-        self.config = config
-        self.scope = scope
-        self._guard = Guard(engine, scope)
-        self._count = 0
-
-    def generate(self, request: PreprocessedRequest, context: Context | None = None) -> AsyncIterator[EngineOutput]:
-        """One answer, as the endpoint's handler gives it."""
-        self._count += 1
-        return self._guard.generate(request, context or Context(f"request-{self._count}"))
-
-    async def answer(self, request: PreprocessedRequest, context: Context | None = None) -> list[EngineOutput]:
-        """The whole answer, at most `time_limit` seconds."""
-        async with asyncio.timeout(EngineSuite.time_limit):
-            return await collect(self.generate(request, context))
+    `prompt`: token ids the model knows, answered with several items and, for 10 000 tokens, in no less than half a second.
+    `time_limit` (seconds) bounds a start and each answer, `loop_limit` how long the event loop may have to wait for its turn.
+    """
+    kit = EngineKit(make=factory, prompt=prompt, time_limit=time_limit, loop_limit=loop_limit)
+    for case in CASES.values():
+        await case.hold(kit)
 
 
 class EngineSuite(ABC):
@@ -58,151 +42,95 @@ class EngineSuite(ABC):
     prompt: Sequence[int] = tuple(range(1, 33))
     """token ids the model knows; answering it with `max_tokens` of 10 000 must take several items and at least half a second"""
     time_limit: float = 60.0
-    """seconds any one answer may take"""
+    """seconds a start, or any one answer, may take"""
+    loop_limit: float = 0.25
+    """seconds that the event loop may have to wait for its turn while the engine generates"""
 
     @abstractmethod
     def make(self) -> LLMEngine:
         """A fresh engine, not started."""
         ...
 
+    @property
+    def kit(self) -> EngineKit:
+        """What the cases need."""
+        return EngineKit(make=self.make, prompt=self.prompt, time_limit=self.time_limit, loop_limit=self.loop_limit)
+
     @asynccontextmanager
     async def started(self) -> AsyncGenerator[RunningEngine]:
         """An engine from start to clean-up."""
-        engine = self.make()
-        async with Scope("engine suite") as scope:
-            try:
-                async with asyncio.timeout(self.time_limit):
-                    config = await engine.start(INSTANCE)
-                yield RunningEngine(engine, config, scope)
-            finally:
-                await engine.cleanup()
+        async with self.kit.started() as running:
+            yield running
 
     def request(self, max_tokens: int) -> PreprocessedRequest:
         """A request that runs to `max_tokens` or the end of the context."""
-        return PreprocessedRequest(
-            token_ids=list(self.prompt),
-            stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=True),
-            sampling_options=SamplingOptions(temperature=0.0),
-        )
+        return self.kit.request(max_tokens)
+
+    async def _hold(self, rule: str) -> None:
+        await CASES[rule].hold(self.kit)
 
     async def test_start_describes_the_model(self) -> None:
-        reports: list[str] = []
-        engine = self.make()
-        engine.follow_progress(reports.append)
-        try:
-            config = await engine.start(INSTANCE)
-        finally:
-            await engine.cleanup()
-        assert config.model
-        assert config.card.display_name
-        assert all(reports), "a progress report must say something"
+        await self._hold("start describes the model")
 
     async def test_last_item_alone_has_the_finish_reason(self) -> None:
-        async with self.started() as running:
-            check_answer(await running.answer(self.request(4)))
+        await self._hold("an answer has items, and the last alone has the finish reason")
 
     async def test_max_tokens_ends_the_answer(self) -> None:
-        async with self.started() as running:
-            for limit in (1, 3):
-                items = await running.answer(self.request(limit))
-                check_answer(items)
-                assert sum(len(item.token_ids) for item in items) == limit
-                assert items[-1].finish_reason == "length"
+        await self._hold("max_tokens ends the answer")
+
+    async def test_ranks_are_the_same_at_each_call(self) -> None:
+        await self._hold("ranks are the same at each call")
+
+    async def test_the_metrics_page_can_be_read(self) -> None:
+        await self._hold("the metrics hook leaves a page that can be read")
+
+    async def test_snapshots_are_possible(self) -> None:
+        await self._hold("snapshots are of declared ranks and possible")
+
+    async def test_commands_have_names(self) -> None:
+        await self._hold("commands have names")
 
     async def test_eight_answers_at_once(self) -> None:
-        async with self.started() as running:
-            answers = await asyncio.gather(*(running.answer(self.request(5)) for _ in range(8)))
-        for items in answers:
-            check_answer(items)
-        tokens = [[token for item in items for token in item.token_ids] for items in answers]
-        assert all(answer == tokens[0] for answer in tokens), "the same greedy request must have the same answer"
+        await self._hold("eight answers at once are whole")
 
-    async def test_stopped_before_the_first_item(self) -> None:
-        async with self.started() as running:
-            context = Context("stopped early")
-            context.stop()
-            async with asyncio.timeout(_SOON):
-                items = await collect(running.generate(self.request(10_000), context))
-        assert items[-1].finish_reason == "cancelled"
+    async def test_the_event_loop_is_never_blocked(self) -> None:
+        await self._hold("the event loop is never blocked")
 
-    async def test_stopped_in_mid_stream(self) -> None:
-        async with self.started() as running:
-            context = Context("stopped")
-            stream = running.generate(self.request(10_000), context)
-            first = await anext(stream)
-            assert first.finish_reason is None, "the prompt is too short for this suite: set `prompt`"
-            context.stop()
-            async with asyncio.timeout(_SOON):
-                rest = await collect(stream)
-        assert rest[-1].finish_reason == "cancelled"
-
-    async def test_killed_requests_free_their_slots(self) -> None:
-        async with self.started() as running:
-            await self._fill_and_empty(running, _kill)
-
-    async def test_abandoned_requests_free_their_slots(self) -> None:
-        async with self.started() as running:
-            await self._fill_and_empty(running, _cancel)
-
-    async def _fill_and_empty(self, running: RunningEngine, end: Callable[[Context, asyncio.Task[None]], None]) -> None:
-        """Occupy all slots, end the requests in mid-stream, and have as many answered as there are slots."""
-        slots = running.config.max_num_seqs or 8
-        began = [asyncio.Event() for _ in range(slots)]
-        contexts = [Context(f"occupant-{index}") for index in range(slots)]
-
-        async def occupy(index: int) -> None:
-            async for _ in running.generate(self.request(10_000), contexts[index]):
-                began[index].set()
-                await asyncio.sleep(0)
-
-        occupants = [running.scope.spawn(occupy(index)) for index in range(slots)]
-        async with asyncio.timeout(self.time_limit):
-            await asyncio.gather(*(event.wait() for event in began))
-        for context, occupant in zip(contexts, occupants, strict=True):
-            assert not occupant.done(), "the prompt is too short for this suite: set `prompt`"
-            end(context, occupant)
-        async with asyncio.timeout(_SOON):
-            await asyncio.wait(occupants)
-        for items in await asyncio.gather(*(running.answer(self.request(2)) for _ in range(slots))):
-            check_answer(items)
+    async def test_a_reader_that_pauses_delays_nobody(self) -> None:
+        await self._hold("a reader that pauses delays nobody")
 
     async def test_a_request_at_fault_is_an_invalid_argument(self) -> None:
-        async with self.started() as running:
-            try:
-                items = await running.answer(PreprocessedRequest(token_ids=[]))
-            except (UsageError, ValueError):
-                pass
-            except EngineError as error:
-                assert error.kind == "InvalidArgument", f"expected kind InvalidArgument, got {error.kind}"
-            else:
-                raise AssertionError(f"a prompt without tokens was answered with {items}")
-            check_answer(await running.answer(self.request(2)))
+        await self._hold("a request at fault is an invalid argument")
+
+    async def test_the_health_probe_is_answered(self) -> None:
+        await self._hold("the health probe is answered")
+
+    async def test_a_healthy_engine_does_not_say_that_it_failed(self) -> None:
+        await self._hold("a healthy engine does not say that it failed")
+
+    async def test_stopped_before_the_first_item(self) -> None:
+        await self._hold("a request stopped before its first item ends as cancelled")
+
+    async def test_stopped_in_mid_stream(self) -> None:
+        await self._hold("a request stopped in mid-stream ends as cancelled")
+
+    async def test_nothing_is_yielded_after_a_kill(self) -> None:
+        await self._hold("nothing is yielded after a kill")
+
+    async def test_killed_requests_free_their_slots(self) -> None:
+        await self._hold("killed requests free their slots")
+
+    async def test_abandoned_requests_free_their_slots(self) -> None:
+        await self._hold("abandoned requests free their slots")
+
+    async def test_aborting_what_is_over_does_no_harm(self) -> None:
+        await self._hold("aborting what is over does no harm")
+
+    async def test_cleanup_leaves_no_task_and_no_thread(self) -> None:
+        await self._hold("cleanup leaves no task and no thread")
 
     async def test_cleanup_twice(self) -> None:
-        engine = self.make()
-        await engine.start(INSTANCE)
-        await engine.drain()
-        await engine.cleanup()
-        await engine.cleanup()
+        await self._hold("a second cleanup does no harm")
 
     async def test_cleanup_without_start(self) -> None:
-        await self.make().cleanup()
-
-
-def check_answer(items: list[EngineOutput]) -> None:
-    """At least one item; the last one, and no other, has a finish reason; choice 0 only."""
-    assert items, "an answer needs at least one item"
-    assert all(item.finish_reason is None for item in items[:-1]), "only the last item may have a finish reason"
-    assert items[-1].finish_reason is not None, "the last item needs a finish reason"
-    assert all(not item.index for item in items), "the worker numbers the choices"
-
-
-def _kill(context: Context, task: asyncio.Task[None]) -> None:
-    """What the runtime does when a client kills a request."""
-    context.kill()
-    task.cancel()
-
-
-def _cancel(context: Context, task: asyncio.Task[None]) -> None:
-    """A caller that goes away without a word."""
-    task.cancel()
+        await self._hold("cleanup without start does no harm")
