@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from stator.runtime.context import Context
 from stator.testing.engine_suite import INSTANCE, EngineSuite, RunningEngine, check_answer, collect
 from stator.testing.plane_suite import eventually
 from stator.testing.tiny_model import build_tiny_llama
+from stator.worker.snapshot import ComponentSnapshot
 
 torch = pytest.importorskip("torch", reason="needs the extra 'transformers'")
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(120)]
@@ -349,10 +351,10 @@ async def test_a_failing_prefill_ends_one_request(model_directory: Path, monkeyp
 
         prefill = CausalLM.prefill
 
-        def fail(self: Any, sequence: Any) -> Any:
+        def fail(self: Any, sequence: Any, most: int) -> Any:
             if sequence.tokens[0] == 9:
                 raise RuntimeError("this prompt")
-            return prefill(self, sequence)
+            return prefill(self, sequence, most)
 
         monkeypatch.setattr(CausalLM, "prefill", fail)
         good, bad = await asyncio.gather(
@@ -361,6 +363,136 @@ async def test_a_failing_prefill_ends_one_request(model_directory: Path, monkeyp
     assert isinstance(bad, EngineError)
     assert isinstance(good, list)
     check_answer(good)
+
+
+@pytest.mark.parametrize("part", [1, 7, 16])
+async def test_prompts_read_in_parts_have_the_same_answers(model_directory: Path, reference: Any, part: int) -> None:
+    asked = prompts(8, seed=part)
+    async with started(model_directory, max_num_seqs=4, max_prefill_tokens=part) as running:
+        answers = await asyncio.gather(*(running.answer(request(prompt, 24)) for prompt in asked))
+    for prompt, items in zip(asked, answers, strict=True):
+        assert tokens(items) == generate(reference, prompt, 24)
+
+
+async def test_a_long_prompt_may_be_abandoned_while_it_is_read(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot and its blocks go to the next one; others get their tokens meanwhile."""
+    from stator.engines.causal_lm import CausalLM
+
+    prefill, reading, go_on = CausalLM.prefill, threading.Event(), threading.Event()
+
+    def slow(self: Any, sequence: Any, most: int) -> Any:
+        choice = prefill(self, sequence, most)
+        if sequence.prompt_length == 400:
+            reading.set()
+            assert go_on.wait(10)
+        return choice
+
+    monkeypatch.setattr(CausalLM, "prefill", slow)
+    async with started(model_directory, max_num_seqs=1, max_prefill_tokens=8) as running:
+        context = Context("long")
+        long = asyncio.ensure_future(collect(running.generate(request([5] * 400), context)))
+        assert await asyncio.to_thread(reading.wait, 10)
+        waiting = asyncio.ensure_future(running.answer(request([6] * 4, 2)))
+        await eventually(lambda: engine_of(running).waiting == 1)
+        context.stop()
+        items = await asyncio.wait_for(long, 10)
+        assert [(item.token_ids, item.finish_reason) for item in items] == [([], "cancelled")]
+        go_on.set()
+        check_answer(await waiting)
+
+
+async def test_answers_that_outgrow_the_blocks_are_the_same(model_directory: Path, reference: Any) -> None:
+    """Six answers of up to 100 tokens share 160 places: some give way, and are read again."""
+    asked = prompts(6, seed=3)
+    async with started(model_directory, block_size=8, total_kv_blocks=20) as running:
+        assert running.config.total_kv_blocks == 20
+        assert running.config.kv_cache_block_size == 8
+        answers = await asyncio.gather(*(running.answer(request(prompt, 40)) for prompt in asked))
+        assert engine_of(running).preemptions > 0
+    for prompt, items in zip(asked, answers, strict=True):
+        assert tokens(items) == generate(reference, prompt, 40)
+
+
+async def test_a_prompt_that_never_fits_the_blocks_is_refused(model_directory: Path) -> None:
+    async with started(model_directory, block_size=16, total_kv_blocks=4) as running:
+        assert running.config.context_length == 64
+        with pytest.raises(EngineError, match="the KV cache of 64 leaves no room") as caught:
+            await running.answer(request([5] * 64))
+        assert caught.value.kind == "InvalidArgument"
+        items = await running.answer(request([5] * 60, stop_conditions=StopConditions(ignore_eos=True)))
+        assert (len(tokens(items)), items[-1].finish_reason) == (4, "length")
+
+
+class Snapshots:
+    """What was published, and by how many threads."""
+
+    dp_ranks = (0,)
+
+    def __init__(self) -> None:
+        self.published: list[ComponentSnapshot] = []
+        self.threads: set[int] = set()
+
+    def publish(self, dp_rank: int, snapshot: ComponentSnapshot) -> None:
+        assert dp_rank == 0
+        self.threads.add(threading.get_ident())
+        self.published.append(snapshot)
+
+
+async def test_each_step_publishes_what_the_cache_holds(model_directory: Path) -> None:
+    async with started(model_directory, block_size=8, max_num_seqs=4) as running:
+        engine, sink = engine_of(running), Snapshots()
+        assert tuple(engine.snapshot_ranks()) == (0,)
+        engine.attach_snapshots(sink)
+        total = 4 * CONTEXT // 8
+        empty = ComponentSnapshot(kv_used_blocks=0, kv_total_blocks=total, gpu_cache_usage=0.0)
+        assert sink.published == [empty]
+        assert running.config.total_kv_blocks == total
+        await asyncio.gather(
+            *(
+                running.answer(request([5] * 20, 8, stop_conditions=StopConditions(ignore_eos=True, max_tokens=8)))
+                for _ in range(2)
+            )
+        )
+        await eventually(lambda: sink.published[-1] == empty and len(sink.published) > 2)
+    used = [snapshot.kv_used_blocks for snapshot in sink.published]
+    assert max(used) == 2 * 4, "twenty tokens and seven that were stored of the answer fill four blocks"
+    assert all(snapshot.gpu_cache_usage == snapshot.kv_used_blocks / total for snapshot in sink.published)
+    assert all(snapshot.kv_cache_hit_rate is None for snapshot in sink.published)
+    assert len(sink.threads) == 2
+
+
+async def test_a_model_that_breaks_is_told_as_the_engines_end(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stator.engines.causal_lm import CausalLM
+
+    def broken(self: Any, **_: Any) -> Any:
+        raise RuntimeError("device-side assert")
+
+    async with started(model_directory) as running:
+        failed = asyncio.ensure_future(engine_of(running).failed())
+        check_answer(await running.answer(request([5])))
+        assert not failed.done()
+        monkeypatch.setattr(CausalLM, "_forward", broken)
+        answers = await asyncio.gather(*(running.answer(request([5])) for _ in range(6)), return_exceptions=True)
+        assert all(isinstance(answer, EngineError) for answer in answers)
+        assert "device-side assert" in await asyncio.wait_for(failed, 5)
+        with pytest.raises(EngineError, match="cannot be stepped any more") as caught:
+            await running.answer(request([5]))
+        assert caught.value.kind == "EngineShutdown"
+
+
+async def test_requests_end_when_the_step_thread_does(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stator.engines.causal_lm import CausalLM
+
+    def leave(self: Any) -> Any:
+        raise SystemExit("gone")
+
+    async with started(model_directory, max_num_seqs=1) as running:
+        monkeypatch.setattr(CausalLM, "decode", leave)
+        answers = await asyncio.gather(*(running.answer(ENDLESS) for _ in range(3)), return_exceptions=True)
+        for error in answers:
+            assert isinstance(error, EngineError)
+            assert error.kind == "EngineShutdown"
+        assert "SystemExit: gone" in await asyncio.wait_for(engine_of(running).failed(), 5)
 
 
 async def test_cleanup_ends_what_still_runs(model_directory: Path) -> None:

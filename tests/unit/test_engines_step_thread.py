@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stator.engines.block_ledger import BlockLedger
 from stator.engines.sequence import Finish, Sampling, Sequence, TokenChoice
 from stator.engines.step_thread import StepResult, StepThread
 from stator.testing.plane_suite import eventually
@@ -16,24 +17,29 @@ pytestmark = pytest.mark.timeout(20)
 
 
 class CountingModel:
-    """Token n of a sequence is n. A step passes only when the test lets it."""
+    """Token n of a sequence is n. A decode passes only when the test lets it."""
 
     def __init__(self) -> None:
         self.held: list[Sequence] = []
         self.log: list[str] = []
         self.steps = threading.Semaphore(0)
-        self.prefill_error: Exception | None = None
-        self.step_error: Exception | None = None
+        self.prefill_error: BaseException | None = None
+        self.step_error: BaseException | None = None
         self.outcome: Exception | None = None
+        self.check_error: Exception | None = None
         self.threads: set[int] = set()
 
-    def prefill(self, sequence: Sequence) -> TokenChoice:
+    def prefill(self, sequence: Sequence, most: int) -> TokenChoice | None:
         self.threads.add(threading.get_ident())
-        self.log.append(f"prefill {sequence.prompt_length}")
+        part = min(most, len(sequence.tokens) - sequence.read)
+        self.log.append(f"prefill {part}")
         if self.prefill_error is not None:
             raise self.prefill_error
+        sequence.read += part
+        if sequence.read < len(sequence.tokens):
+            return None
         self.held.append(sequence)
-        return TokenChoice(0)
+        return TokenChoice(sequence.generated)
 
     def decode(self) -> list[tuple[Sequence, TokenChoice | Exception]]:
         assert self.steps.acquire(timeout=10), "the test allowed no further step"
@@ -42,23 +48,39 @@ class CountingModel:
             raise self.step_error
         return [(sequence, self.outcome or TokenChoice(sequence.generated)) for sequence in self.held]
 
+    def evict(self, sequence: Sequence) -> None:
+        self.log.append("evict")
+        sequence.read = 0
+        self.release(sequence)
+
     def release(self, sequence: Sequence) -> None:
         if sequence in self.held:
             self.held.remove(sequence)
+
+    def check(self) -> None:
+        self.log.append("check")
+        if self.check_error is not None:
+            raise self.check_error
 
     def allow(self, count: int) -> None:
         self.steps.release(count)
 
 
 class Stage:
-    def __init__(self, model: CountingModel, **limits: int) -> None:
+    def __init__(self, model: CountingModel, *, blocks: int = 1000, block_size: int = 4, **limits: int) -> None:
         self.model = model
         self.results: list[StepResult] = []
         self.calls = 0
+        self.deaths: list[str] = []
+        self.ledger = BlockLedger(total=blocks, block_size=block_size)
+        self.used: list[int] = []
         self.thread = StepThread(
             model,
             loop=asyncio.get_running_loop(),
             deliver=self._deliver,
+            died=self.deaths.append,
+            after_step=lambda: self.used.append(self.ledger.used),
+            ledger=self.ledger,
             **({"max_running": 4, "max_prefill_tokens": 100} | limits),
         )
 
@@ -149,18 +171,94 @@ async def test_slots_bound_what_runs_and_the_next_takes_the_free_one() -> None:
 
 
 async def test_long_prompts_are_spread_over_steps() -> None:
+    """Ten tokens of prompts per step, in their order, and a decode for the others between."""
     async with stage(max_prefill_tokens=10) as it:
-        running, first, second = sequence(max_tokens=9), sequence(8), sequence(8)
+        running = sequence(max_tokens=12)
         it.thread.submit(running)
         await eventually(lambda: it.calls == 1)
-        third = sequence(50)
-        for one in (first, second, third):
+        others = [sequence(length, max_tokens=12) for length in (8, 8, 24)]
+        for one in others:
             it.thread.submit(one)
         it.model.allow(30)
-        await it.until_ended(running, first, second, third)
-    log = it.model.log
-    assert log.index("prefill 50") > log.index("prefill 8") + 2, "two fit the first step's budget, the third waits for a decode"
-    assert "decode 3" in log
+        await it.until_ended(running, *others)
+    prefills = [entry for entry in it.model.log if entry.startswith("prefill")]
+    assert prefills[1:] == ["prefill 8", "prefill 2", "prefill 6", "prefill 4", "prefill 10", "prefill 10"]
+    first = it.model.log.index("prefill 8")
+    decodes = [entry for entry in it.model.log[first:] if entry.startswith("decode")]
+    assert decodes[:4] == ["decode 2", "decode 3", "decode 3", "decode 4"]
+
+
+async def test_a_prompt_may_be_abandoned_while_it_is_read() -> None:
+    async with stage(max_prefill_tokens=10) as it:
+        running, long, next_one = sequence(max_tokens=100), sequence(1000), sequence(3, max_tokens=1)
+        it.thread.submit(running)
+        await eventually(lambda: it.calls == 1)
+        it.thread.submit(long)
+        it.model.allow(3)
+        await eventually(lambda: it.model.log[-1] == "prefill 10" and it.thread.running == 2)
+        assert it.ledger.used > 250
+        it.thread.withdraw(long)
+        it.thread.submit(next_one)
+        it.model.allow(5)
+        await it.until_ended(next_one)
+        assert it.tokens(long) == []
+        assert long.read < 100
+        assert it.thread.running == 1
+        assert it.ledger.used < 10
+
+
+async def test_sequences_wait_until_their_blocks_are_free() -> None:
+    """Five blocks of four tokens; the order of the queue is kept."""
+    async with stage(blocks=5) as it:
+        first, second, third = sequence(8, max_tokens=4), sequence(16, max_tokens=2), sequence(1, max_tokens=1)
+        it.thread.submit(first)
+        await eventually(lambda: it.thread.running == 1)
+        it.thread.submit(second)
+        it.thread.submit(third)
+        it.model.allow(1)
+        await eventually(lambda: len(it.tokens(first)) == 2)
+        assert (it.thread.running, it.thread.waiting) == (1, 2)
+        it.model.allow(20)
+        await it.until_ended(first, second, third)
+        assert [result.sequence for result in it.results if result.finish] == [first, third, second]
+        await eventually(lambda: it.ledger.used == 0)
+        assert it.thread.preemptions == 0
+        assert max(it.used) <= 5
+
+
+async def test_the_youngest_gives_way_when_blocks_run_out() -> None:
+    """Two that grow to four blocks each share five: one is read again, with what it has generated, and goes on."""
+    async with stage(blocks=5) as it:
+        old, young = sequence(4, max_tokens=12), sequence(4, max_tokens=12)
+        for one in (old, young):
+            it.thread.submit(one)
+        it.model.allow(100)
+        await it.until_ended(old, young)
+        assert it.tokens(old) == it.tokens(young) == list(range(12))
+        assert it.end(old) == it.end(young) == Finish("length")
+        assert [result.sequence for result in it.results if result.finish] == [old, young]
+        assert it.thread.preemptions == 1
+        await eventually(lambda: it.thread.running == 0 and it.ledger.used == 0)
+        assert max(it.used) <= 5
+        again = it.model.log[it.model.log.index("evict") + 1 :]
+        assert next(entry for entry in again if entry.startswith("prefill")) != "prefill 4", "the answer is read too"
+
+
+async def test_who_gave_way_may_be_withdrawn() -> None:
+    async with stage(blocks=5) as it:
+        old, young = sequence(4, max_tokens=12), sequence(4, max_tokens=12)
+        for one in (old, young):
+            it.thread.submit(one)
+        while not it.thread.preemptions:
+            it.model.allow(1)
+            await asyncio.sleep(0.001)
+        assert it.thread.waiting == 1
+        it.thread.withdraw(young)
+        it.model.allow(100)
+        await it.until_ended(old)
+        await eventually(lambda: it.ledger.used == 0)
+        assert it.end(young) is None
+        assert it.thread.waiting == 0
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -214,6 +312,47 @@ async def test_the_thread_outlives_a_failing_step(whole: bool) -> None:
         it.model.allow(20)
         await it.until_ended(good)
         assert it.end(good) == Finish("length")
+
+
+async def test_a_model_that_still_runs_is_kept_after_failures() -> None:
+    async with stage() as it:
+        it.model.prefill_error = RuntimeError("broken prompt")
+        for _ in range(7):
+            bad = sequence()
+            it.thread.submit(bad)
+            await it.until_ended(bad)
+        assert it.model.log.count("check") == 2
+        assert it.deaths == []
+
+
+async def test_a_model_that_does_not_run_any_more_is_the_end() -> None:
+    async with stage() as it:
+        it.model.prefill_error = it.model.check_error = RuntimeError("device-side assert")
+        for _ in range(3):
+            assert it.deaths == []
+            it.thread.submit(bad := sequence())
+            await it.until_ended(bad)
+        await eventually(lambda: it.deaths == ["RuntimeError: device-side assert"])
+        assert await asyncio.to_thread(it.thread.join, 5)
+
+
+async def test_only_failures_in_a_row_are_suspicious() -> None:
+    async with stage() as it:
+        it.model.check_error = RuntimeError("not to be called")
+        for number in range(8):
+            it.model.prefill_error = RuntimeError("broken prompt") if number % 2 else None
+            it.thread.submit(one := sequence(max_tokens=1))
+            await it.until_ended(one)
+        assert "check" not in it.model.log
+
+
+async def test_a_thread_that_breaks_says_so() -> None:
+    async with stage() as it:
+        it.model.step_error = SystemExit("gone")
+        it.thread.submit(sequence())
+        it.model.allow(1)
+        await eventually(lambda: it.deaths == ["SystemExit: gone"])
+        assert await asyncio.to_thread(it.thread.join, 5)
 
 
 async def test_closing_releases_what_runs() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stator.engines.row_batch import RowBatch
 from stator.engines.sampling import Sampler
@@ -29,7 +29,8 @@ class CausalLM:
 
     Plain attention caches of several sequences are stacked into `RowBatch`es of at most `max_rows` rows, one forward pass
     each. Other caches (sliding window, recurrent, hybrid) and `max_rows=1` mean one pass per sequence; a model that takes
-    no cache at all reads its whole text at each step.
+    no cache at all reads its whole text at each step. Prompts are read in parts where every layer's cache is one of attention;
+    a recurrent state takes the whole prompt or one token.
     """
 
     def __init__(self, model: Any, *, max_rows: int) -> None:
@@ -42,7 +43,11 @@ class CausalLM:
             self._cache_argument = None  # transformers 4: each such model has a cache class of its own
         self._takes_positions = "position_ids" in parameters
         self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._stackable = max_rows > 1 and self._cache_argument is not None and _is_stackable(self._new_cache())
+        layers = [type(layer) for layer in self._new_cache().layers] if self._cache_argument is not None else []
+        self._stackable = max_rows > 1 and bool(layers) and set(layers) <= {DynamicLayer}
+        self._divisible = bool(layers) and set(layers) <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self._partial: dict[Sequence, Any] = {}
+        """caches of sequences that are being read"""
         if self._cache_argument is None:
             logger.warning("%s takes no cache: each token costs a pass over the whole text", type(model).__name__)
 
@@ -61,19 +66,30 @@ class CausalLM:
         return self._model.generation_config
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence) -> TokenChoice:
-        """Read the prompt and choose the first token. On an error the sequence holds nothing."""
-        sampler = Sampler(sequence, defaults=self.defaults, device=self.device)
-        length = len(sequence.tokens)
-        cache = self._new_cache() if self._cache_argument else None
-        logits = self._forward(
-            ids=torch.tensor([sequence.tokens], device=self.device),
-            mask=torch.ones(1, length, dtype=torch.long, device=self.device),
-            positions=torch.arange(length, device=self.device)[None],
-            cache=cache,
-        )
-        choice = sampler.choose(sequence, logits)
-        sequence.state = sampler
+    def prefill(self, sequence: Sequence, most: int) -> TokenChoice | None:
+        """See `TokenModel`. On an error the sequence holds nothing."""
+        if sequence.state is None:
+            sequence.state = Sampler(sequence, defaults=self.defaults, device=self.device)
+        start, length = sequence.read, len(sequence.tokens)
+        end = min(start + most, length) if self._divisible else length
+        cache = self._partial.pop(sequence, None)
+        if cache is None and self._cache_argument:
+            cache = self._new_cache()
+        try:
+            logits = self._forward(
+                ids=torch.tensor([sequence.tokens[start:end]], device=self.device),
+                mask=torch.ones(1, end, dtype=torch.long, device=self.device),
+                positions=torch.arange(start, end, device=self.device)[None],
+                cache=cache,
+            )
+            sequence.read = end
+            if end < length:
+                self._partial[sequence] = cache
+                return None
+            choice = sequence.state.choose(sequence, logits)
+        except Exception:
+            self.release(sequence)
+            raise
         self._place(RowBatch(cache, sequence))
         return choice
 
@@ -94,9 +110,10 @@ class CausalLM:
                 outcome += _choose(batch.rows, logits)
         return outcome
 
-    def release(self, sequence: Sequence) -> None:
-        """Forget a sequence; harmless if it is not held."""
-        sequence.state = None
+    def evict(self, sequence: Sequence) -> None:
+        """Forget what was read of a sequence, and nothing else: a seeded choice goes on where it was."""
+        sequence.read = 0
+        self._partial.pop(sequence, None)
         for batch in self._batches:
             if sequence in batch.rows:
                 kept = [i for i, row in enumerate(batch.rows) if row is not sequence]
@@ -106,10 +123,29 @@ class CausalLM:
                     self._batches.remove(batch)
                 return
 
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence; harmless if it is not held."""
+        self.evict(sequence)
+        sequence.state = None
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """A pass over two tokens and one over the next, apart from all sequences."""
+        cache = self._new_cache() if self._cache_argument else None
+        masked = self._cache_argument != "cache_params"
+        for start, end in ((0, 2), (2, 3)) if cache is not None else ((0, 3),):
+            self._forward(
+                ids=torch.zeros(1, end - start, dtype=torch.long, device=self.device),
+                mask=torch.ones(1, end, dtype=torch.long, device=self.device) if masked or not start else None,
+                positions=torch.arange(start, end, device=self.device)[None],
+                cache=cache,
+            ).cpu()
+
     def free(self) -> None:
         """Let go of the weights. Nothing may be called afterwards."""
         on_gpu = self.device.type == "cuda"
         self._batches.clear()
+        self._partial.clear()
         self._model = None
         if on_gpu:
             torch.cuda.empty_cache()
@@ -173,7 +209,3 @@ def _choose(rows: list[Sequence], logits: torch.Tensor) -> Iterator[tuple[Sequen
             yield row, error
         else:
             yield row, choice
-
-
-def _is_stackable(cache: Any) -> bool:
-    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from stator.engines.causal_lm import CausalLM
-from stator.engines.sequence import Sampling, Sequence
+from stator.engines.sequence import Sampling
 from stator.engines.step_thread import TokenModel
 from stator.engines.translate import ModelLimits
 from stator.errors import ConfigError
@@ -68,7 +68,7 @@ def load(
     report(f"loaded {source} on {torch_device}; trying it")
     stepped = CausalLM(model, max_rows=max_rows)
     limits = _limits(model, stepped.vocabulary, context_length, card)
-    _try_out(stepped)
+    stepped.check()
     return LoadedModel(
         stepped=stepped,
         card=msgspec.structs.replace(card, source_path=source),
@@ -146,15 +146,3 @@ def _defaults(generation: Any) -> Sampling:
         min_p=generation.min_p or 0.0,
         repetition_penalty=penalty,
     )
-
-
-def _try_out(stepped: CausalLM) -> None:
-    """Two steps, so that a model this engine cannot run fails the start and not its first request."""
-    sequence = Sequence([0, 0], sampling=Sampling(), max_tokens=2)
-    sequence.append(stepped.prefill(sequence).token_id)
-    try:
-        for _, outcome in stepped.decode():
-            if isinstance(outcome, Exception):
-                raise outcome
-    finally:
-        stepped.release(sequence)

@@ -51,11 +51,23 @@ class Finish(msgspec.Struct, frozen=True):
 class Sequence:
     """A prompt and what was generated after it. Written by the step thread alone, except `cancelled`.
 
-    `tokens` (length n ≥ 1) starts with the `prompt_length` ids of the prompt. `state` belongs to the model. `cancelled` is
-    set by the event loop; the step thread drops the sequence before its next step.
+    `tokens` (length n ≥ 1) starts with the `prompt_length` ids of the prompt. `state` and `read` belong to the model; `read` is
+    how many tokens a prefill has read. `cancelled` is set by the event loop; the step thread drops the sequence before its next
+    step.
     """
 
-    __slots__ = ("cancelled", "eos_ids", "max_tokens", "min_tokens", "prompt_length", "sampling", "state", "stop_ids", "tokens")
+    __slots__ = (
+        "cancelled",
+        "eos_ids",
+        "max_tokens",
+        "min_tokens",
+        "prompt_length",
+        "read",
+        "sampling",
+        "state",
+        "stop_ids",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -75,6 +87,7 @@ class Sequence:
         self.eos_ids = eos_ids
         self.stop_ids = stop_ids
         self.state: Any = None
+        self.read = 0
         self.cancelled = False
 
     @property

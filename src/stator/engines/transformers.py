@@ -5,7 +5,10 @@ import random
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import msgspec
+
 from stator.config import Config, Setting
+from stator.engines.block_ledger import BlockLedger
 from stator.engines.sequence import Finish, Sequence, TokenChoice
 from stator.engines.step_thread import StepResult, StepThread
 from stator.engines.token_inbox import TokenInbox
@@ -15,6 +18,7 @@ from stator.llm.output import CompletionUsage, EngineOutput, TopLogprob
 from stator.llm.request import PreprocessedRequest
 from stator.runtime.context import Context
 from stator.worker.engine import EngineConfig, LLMEngine
+from stator.worker.snapshot import ComponentSnapshot, SnapshotSink
 
 if TYPE_CHECKING:
     from stator.engines.loading import LoadedModel
@@ -43,13 +47,20 @@ class TransformersOptions(Config, frozen=True, kw_only=True):
     max_batch_rows: Annotated[
         int | None,
         Setting(
-            doc="sequences per forward pass; none: all that generate; 1: each alone, bit for bit what generate() computes", ge=1
+            doc="sequences per forward pass; none: all that generate; 1: each alone, bit for bit what generate() computes for "
+            "prompts up to `max_prefill_tokens`",
+            ge=1,
         ),
     ] = None
     max_waiting: Annotated[int, Setting(doc="requests that may wait for a slot before others are refused", ge=0)] = 64
     max_prefill_tokens: Annotated[
         int, Setting(doc="prompt tokens read per step before running requests get their turn", unit="tokens", ge=1)
     ] = 2048
+    block_size: Annotated[int, Setting(doc="tokens in a KV block", unit="tokens", ge=1, le=4096)] = 16
+    total_kv_blocks: Annotated[
+        int | None,
+        Setting(doc="KV blocks all requests share; none: as many as `max_num_seqs` requests of full length need", ge=1),
+    ] = None
     threads: Annotated[int | None, Setting(doc="CPU threads of torch in this process; none: torch decides", ge=1)] = None
     seed: Annotated[int | None, Setting(doc="seed of the seeds that requests without one get; none: unpredictable", ge=0)] = (
         None
@@ -60,8 +71,12 @@ class TransformersEngine(LLMEngine):
     """Continuous batching over one model; what a request leaves open, the model's generation config decides.
 
     With temperature 0, and for most models by default, the tokens are those of `model.generate(do_sample=False)`. In half
-    precision, and where two tokens are equally likely to the last digit, batching may round differently; `max_batch_rows=1`
-    never does. A request that is stopped, killed or abandoned gives up its slot before the next step.
+    precision, and where two tokens are equally likely to the last digit, batching and prompts read in parts may round differently.
+    A request that is stopped, killed or abandoned gives up its slot before the next step, also while its prompt is being read.
+
+    Key-value caches are accounted for in blocks. Requests wait until their prompts fit; when the answers outgrow what is there,
+    the youngest request gives way and is read again later. No prefix is kept for other requests: there are no KV events, and the
+    hit rate is unknown.
     """
 
     options_type = TransformersOptions
@@ -76,8 +91,12 @@ class TransformersEngine(LLMEngine):
         self._limits: ModelLimits | None = None
         self._model: LoadedModel | None = None
         self._steps: StepThread | None = None
+        self._ledger: BlockLedger | None = None
+        self._snapshots: SnapshotSink | None = None
         self._inboxes: dict[Sequence, TokenInbox] = {}
         self._of_context: dict[Context, TokenInbox] = {}
+        self._dead = asyncio.Event()
+        self._death = ""
 
     @property
     def running(self) -> int:
@@ -88,6 +107,11 @@ class TransformersEngine(LLMEngine):
     def waiting(self) -> int:
         """Requests without a slot."""
         return self._steps.waiting if self._steps is not None else 0
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request gave its blocks back to be read again."""
+        return self._steps.preemptions if self._steps is not None else 0
 
     def follow_progress(self, report: Callable[[str], None]) -> None:
         self._report = report
@@ -103,11 +127,19 @@ class TransformersEngine(LLMEngine):
             loop.call_soon_threadsafe(self._report, text)
 
         self._model = model = await asyncio.to_thread(_load, self.options, report)
-        self._limits = model.limits
+        limits = model.limits
+        self._ledger = ledger = self._block_ledger(limits.context_length)
+        length = ledger.total * ledger.block_size
+        if length < limits.context_length:
+            limits = msgspec.structs.replace(limits, context_length=length, limited_by="the KV cache")
+        self._limits = limits
         self._steps = StepThread(
             model.stepped,
             loop=loop,
             deliver=self._deliver,
+            died=self._died,
+            after_step=self._publish_snapshot,
+            ledger=ledger,
             max_running=self.options.max_num_seqs,
             max_prefill_tokens=self.options.max_prefill_tokens,
         )
@@ -115,10 +147,46 @@ class TransformersEngine(LLMEngine):
             model=self.options.model,
             card=model.card,
             served_name=self.options.name or None,
-            context_length=model.limits.context_length,
+            context_length=limits.context_length,
+            kv_cache_block_size=ledger.block_size,
+            total_kv_blocks=ledger.total,
             max_num_seqs=self.options.max_num_seqs,
             max_num_batched_tokens=self.options.max_prefill_tokens,
         )
+
+    def _block_ledger(self, context_length: int) -> BlockLedger:
+        size, total = self.options.block_size, self.options.total_kv_blocks
+        if total is None:
+            total = self.options.max_num_seqs * -(-context_length // size)
+        if total * size < 2:
+            raise ConfigError(f"total_kv_blocks {total} of block_size {size} has no room for a prompt and an answer")
+        return BlockLedger(total=total, block_size=size)
+
+    def snapshot_ranks(self) -> tuple[int, ...]:
+        return (0,)
+
+    def attach_snapshots(self, sink: SnapshotSink) -> None:
+        """Publishes after each step, and once now."""
+        self._snapshots = sink
+        self._publish_snapshot()
+
+    def _publish_snapshot(self) -> None:
+        """From the step thread, and once from the loop's."""
+        if self._snapshots is None or self._ledger is None:
+            return
+        used, total = self._ledger.used, self._ledger.total
+        self._snapshots.publish(0, ComponentSnapshot(kv_used_blocks=used, kv_total_blocks=total, gpu_cache_usage=used / total))
+
+    async def failed(self) -> str:
+        """Returns when the model cannot be stepped any more."""
+        await self._dead.wait()
+        return self._death
+
+    def _died(self, reason: str) -> None:
+        self._death = f"the model cannot be stepped any more: {reason}"
+        for inbox in self._inboxes.values():
+            inbox.put(None, None, EngineError(self._death, kind="EngineShutdown"))
+        self._dead.set()
 
     def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
         """Raises `Overloaded` at once when all slots and places in the queue are taken."""
@@ -133,6 +201,8 @@ class TransformersEngine(LLMEngine):
     async def _answer(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
         if self._steps is None or self._limits is None:
             raise EngineError("the engine is not running", kind="EngineShutdown")
+        if self._death:
+            raise EngineError(self._death, kind="EngineShutdown")
         sequence = sequence_for(request, self._limits, random_seed=lambda: self._seeds.getrandbits(63))
         if not sequence.max_tokens:
             yield _output(sequence, [], 0, Finish("length"))

@@ -22,6 +22,8 @@ class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
     """token ids are below this"""
     context_length: int
     """prompt and answer together, in tokens"""
+    limited_by: str = "the model's context"
+    """what that length is"""
     eos_ids: frozenset[int] = frozenset()
     defaults: Sampling = Sampling()
 
@@ -70,7 +72,7 @@ def _check_prompt(prompt: list[int], limits: ModelLimits) -> None:
         raise _invalid(f"token id {wrong} is outside the model's vocabulary of {limits.vocabulary}")
     if len(prompt) >= limits.context_length:
         raise _invalid(
-            f"the prompt has {len(prompt)} tokens; the model's context of {limits.context_length} leaves no room for an answer"
+            f"the prompt has {len(prompt)} tokens; {limits.limited_by} of {limits.context_length} leaves no room for an answer"
         )
 
 
