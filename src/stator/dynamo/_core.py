@@ -25,6 +25,7 @@ from stator.dynamo.gaps import GAPS, Gap
 from stator.dynamo.metadata import ContextMetadata
 from stator.dynamo.metrics import RuntimeMetrics
 from stator.dynamo.model import ModelDeploymentCard, ModelRuntimeConfig, ModelType
+from stator.dynamo.publishers import KvEventPublisher, WorkerMetricsPublisher, compute_block_hash_for_seq
 from stator.dynamo.registration import fetch_model, lora_name_to_id, register_model, unregister_model
 from stator.dynamo.request_stream import PyAsyncRequestStream
 from stator.dynamo.span import SpanProxy
@@ -46,6 +47,7 @@ __all__ = [
     "EngineType",
     "InvalidArgument",
     "JsonLike",
+    "KvEventPublisher",
     "ModelDeploymentCard",
     "ModelInput",
     "ModelRuntimeConfig",
@@ -59,7 +61,9 @@ __all__ = [
     "SpanProxy",
     "StreamIncomplete",
     "Unknown",
+    "WorkerMetricsPublisher",
     "WorkerType",
+    "compute_block_hash_for_seq",
     "fetch_llm",
     "fetch_model",
     "lora_name_to_id",

@@ -6,10 +6,10 @@ from stator.dynamo.errors import NotThere
 
 __all__ = ["GAPS", "Gap"]
 
-_KIT = "comes with issue C (engine kit and load signal)"
-_MOCKER = "comes with issue C (simulated engine)"
-_KV = "comes with KV routing, which no issue has yet"
-_MONITOR = "comes with issue C (event plane)"
+_KIT = "is not planned: Stator's own kit is `stator.worker`"
+_MOCKER = "is not planned: Stator's own simulated engine is `stator.mocker`"
+_KV = "is not there yet: it belongs to KV routing"
+_MONITOR = "is not there yet: nothing in Stator reads forward-pass metrics"
 _SERVE = "is not planned: `stator serve` and `stator.frontend` are Stator's own HTTP service"
 _PLANNER = "is not planned: it sizes the reference's deployments"
 _MEDIA = "is not planned: Stator serves text"
@@ -33,7 +33,6 @@ GAPS: dict[str, str] = {
     "HttpAsyncEngine": _SERVE,
     "HttpService": _SERVE,
     "KserveGrpcService": "is not planned: Stator has no gRPC frontend",
-    "KvEventPublisher": _KV,
     "KvIndexer": _KV,
     "KvRouter": _KV,
     "KvRouterConfig": _KV,
@@ -62,9 +61,7 @@ GAPS: dict[str, str] = {
     "TrtllmArgs": _MOCKER,
     "VirtualConnectorClient": _PLANNER,
     "VirtualConnectorCoordinator": _PLANNER,
-    "WorkerMetricsPublisher": _KIT,
     "backend": _KIT,
-    "compute_block_hash_for_seq": _KV,
     "get_reasoning_parser_names": "is not planned yet: Stator's frontend parses no reasoning",
     "get_tool_parser_names": "is not planned yet: Stator's frontend parses no tool calls",
     "log_message": "is not planned: log through Python's `logging`",

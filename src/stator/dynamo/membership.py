@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from stator.dynamo.errors import InvalidValue, NotThere
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 _BACKENDS = {"file": "file", "mem": "memory"}
 _LATER = {
-    "etcd": "etcd discovery comes with issue D; use discovery_backend='file', which needs no server on one machine",
-    "kubernetes": "Kubernetes discovery comes with issue D; use discovery_backend='file' on one machine",
+    "etcd": "etcd discovery is not there yet; use discovery_backend='file', which needs no server on one machine",
+    "kubernetes": "Kubernetes discovery is not there yet; use discovery_backend='file' on one machine",
 }
 
 
@@ -33,7 +33,7 @@ class Membership:
         Stator does not have yet, `InvalidValue` for what nobody has.
         """
         if request_plane == "nats":
-            raise NotThere("the NATS request plane comes with issue D; use request_plane='tcp'")
+            raise NotThere("the NATS request plane is not there yet; use request_plane='tcp'")
         if request_plane not in (None, "tcp"):
             raise InvalidValue(f"Invalid request plane mode: '{request_plane}'. Valid options are: 'nats', 'tcp'")
         if discovery in _LATER:
@@ -49,6 +49,7 @@ class Membership:
         self._runtime: Runtime | None = None
         self._closing = False
         self._deferred: list[Callable[[Runtime], object]] = []
+        self._leaving: list[Callable[[], Awaitable[object]]] = []
 
     @property
     def closing(self) -> bool:
@@ -77,6 +78,14 @@ class Membership:
         elif not self._closing:
             self._deferred.append(work)
 
+    def spawn(self, work: Coroutine[Any, Any, object], *, name: str) -> None:
+        """Run `work` beside the runtime until it is left; it waits for `runtime()` itself."""
+        self._scope.spawn(work, name=name)
+
+    def on_leave(self, close: Callable[[], Awaitable[object]]) -> None:
+        """Await `close()` when the runtime is about to be left, the last one given first. It must be idempotent."""
+        self._leaving.append(close)
+
     async def runtime(self) -> Runtime:
         """The runtime, connected. Raises `UsageError` after `shutdown`, `StatorError` when the cluster cannot be joined; the next
         call tries again. Cancelling it leaves the connecting to whoever asks next.
@@ -102,6 +111,8 @@ class Membership:
                     runtime.shutdown()
                 await runtime.wait_for_shutdown()
                 self._closing = True
+                for close in reversed(self._leaving):
+                    await close()
         except Exception as error:
             if ready.done():
                 raise

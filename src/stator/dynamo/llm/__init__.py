@@ -6,17 +6,21 @@ from stator.dynamo.choices import EngineType, ModelInput, RouterMode, WorkerType
 from stator.dynamo.exceptions import HttpError, RouterQueueLimitExceeded
 from stator.dynamo.gaps import GAPS, Gap
 from stator.dynamo.model import ModelRuntimeConfig, ModelType
+from stator.dynamo.publishers import KvEventPublisher, WorkerMetricsPublisher, compute_block_hash_for_seq
 from stator.dynamo.registration import fetch_model, lora_name_to_id, register_model, unregister_model
 
 __all__ = [
     "EngineType",
     "HttpError",
+    "KvEventPublisher",
     "ModelInput",
     "ModelRuntimeConfig",
     "ModelType",
     "RouterMode",
     "RouterQueueLimitExceeded",
+    "WorkerMetricsPublisher",
     "WorkerType",
+    "compute_block_hash_for_seq",
     "fetch_llm",
     "fetch_model",
     "lora_name_to_id",
