@@ -269,10 +269,7 @@ BATCHES: list[list[Any]] = [
     ],
     [{"type": "BlockRemoved", "block_hashes": [6, -7], "medium": "DISK"}, ["AllBlocksCleared"]],
     [{"type": "AllBlocksCleared"}],
-    [
-        ["BlockRemoved", [8], medium]
-        for medium in ("GPU", "CPU", "CPU_TIER1", "CPU_TIER2", "NVME", "STORAGE", "EXTERNAL", "SHARED")
-    ],
+    [["BlockRemoved", [8], medium] for medium in ("GPU", "CPU", "CPU_TIER1", "CPU_TIER2", "NVME", "EXTERNAL", "SHARED")],
 ]
 
 
