@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stator.errors import EngineError
+from stator.errors import EngineError, Unavailable
 from stator.llm.card import ModelCard
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest, SamplingOptions
@@ -133,3 +133,127 @@ async def test_closing_the_stream_closes_the_engines() -> None:
         await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
     assert engine.closed == 1
     assert engine.aborted == []
+
+
+class Waiting(Endless):
+    """One item, and then a wait that a test can end."""
+
+    def __init__(self) -> None:
+        super().__init__(item(1))
+        self.ended = 0
+
+    async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+        try:
+            async for each in super().generate(request, context):
+                yield each
+        finally:
+            self.ended += 1
+
+
+async def waiting(guard: Guard, context: Context) -> list[EngineOutput]:
+    return [output async for output in guard.generate(REQUEST, context)]
+
+
+async def test_a_failed_engine_ends_what_runs_at_once_and_refuses_what_comes() -> None:
+    engine = Waiting()
+    async with Scope("test") as scope:
+        guard = Guard(engine, scope)
+        answers = [scope.spawn(waiting(guard, Context(f"r{number}"))) for number in range(3)]
+        await asyncio.sleep(0.01)
+        guard.fail("its process died")
+        async with asyncio.timeout(1):
+            found = await asyncio.gather(*answers, return_exceptions=True)
+        for error in found:
+            assert isinstance(error, EngineError)
+            assert (error.kind, error.message) == ("EngineShutdown", "the engine has failed: its process died")
+        assert engine.ended == engine.closed == 3
+        assert not any(task.cancelling() for task in answers)
+        with pytest.raises(Unavailable, match="its process died"):
+            guard.generate(REQUEST, Context("late"))
+
+
+async def test_an_answer_whose_reader_pauses_ends_when_the_reader_goes_on() -> None:
+    """The pausing reader itself is not cancelled."""
+    engine = Waiting()
+    async with Scope("test") as scope:
+        guard = Guard(engine, scope)
+        stream = guard.generate(REQUEST, Context("r"))
+        assert (await anext(stream)).token_ids == [1]
+        guard.fail("gone")
+        await asyncio.sleep(0.01)
+        with pytest.raises(EngineError, match="the engine has failed: gone"):
+            await anext(stream)
+    assert engine.ended == 1
+
+
+async def test_an_answer_that_is_complete_stays_so() -> None:
+    engine = Endless(item(1), item(2, "stop"))
+    async with Scope("test") as scope:
+        guard = Guard(engine, scope)
+        stream = guard.generate(REQUEST, Context("r"))
+        await anext(stream)
+        last = await anext(stream)
+        guard.fail("gone")
+        assert last.finish_reason == "stop"
+        assert [output async for output in stream] == []
+
+
+async def test_a_caller_that_cancels_while_the_engine_fails_is_cancelled() -> None:
+    """Its cancellation is not taken for the engine's failure."""
+    engine = Waiting()
+    async with Scope("test") as scope:
+        guard = Guard(engine, scope)
+        answer = scope.spawn(waiting(guard, Context("r")))
+        await asyncio.sleep(0.01)
+        guard.fail("gone")
+        answer.cancel()
+        await asyncio.wait({answer}, timeout=1)
+        assert answer.cancelled()
+
+
+async def test_an_engine_that_catches_the_end_of_its_wait_ends_all_the_same() -> None:
+    class Stubborn(Endless):
+        async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                yield item(7)
+            yield item(8)
+
+    async with Scope("test") as scope:
+        guard = Guard(Stubborn(), scope)
+        answer = scope.spawn(waiting(guard, Context("r")))
+        await asyncio.sleep(0.01)
+        guard.fail("gone")
+        await asyncio.wait({answer}, timeout=1)
+        assert isinstance(answer.exception(), EngineError)
+        assert not answer.cancelling(), "the task can go on to wait for other things"
+
+
+async def test_an_engine_that_says_it_shuts_down_is_heard_and_ends_the_others() -> None:
+    class Dying(Endless):
+        async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
+            if context.id == "last straw":
+                await asyncio.sleep(0.01)
+                raise EngineError("out of memory", kind="EngineShutdown")
+            await asyncio.Event().wait()
+            yield item(1)
+
+    heard: list[str] = []
+    async with Scope("test") as scope:
+        guard = Guard(Dying(), scope, died=lambda reason: (heard.append(reason), guard.fail(reason))[0])
+        other = scope.spawn(waiting(guard, Context("other")))
+        with pytest.raises(EngineError, match=r"^out of memory$"):
+            await waiting(guard, Context("last straw"))
+        await asyncio.wait({other}, timeout=1)
+        assert isinstance(other.exception(), EngineError)
+    assert heard == ["out of memory"]
+
+
+async def test_an_error_of_one_request_is_no_end_of_the_engine() -> None:
+    heard: list[str] = []
+    async with Scope("test") as scope:
+        guard = Guard(Endless(EngineError("bad luck")), scope, died=heard.append)
+        with pytest.raises(EngineError, match="bad luck"):
+            await waiting(guard, Context("r"))
+    assert heard == []

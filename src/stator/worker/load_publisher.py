@@ -131,7 +131,6 @@ class WorkerMetricsPublisher:
         publisher, now = self._publisher, self._loop.time()
         if publisher is None or self._closed:
             return
-        self._next_sending = now + PACE
         decode, used = self._decode.copy(), self._used.copy()
         for dp_rank in decode.keys() | used.keys():
             rank = self._ranks.get(dp_rank)
@@ -148,6 +147,7 @@ class WorkerMetricsPublisher:
 
     def _send_one(self, publisher: EventPublisher, rank: _Rank, load: ActiveLoad, now: float) -> None:
         rank.sent, rank.sent_at = load, now
+        self._next_sending = now + PACE
         try:
             publisher.publish(encode_load(load))
         except Exception as error:  # a plug-in's plane, or a number that is none
