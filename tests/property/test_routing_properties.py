@@ -1,6 +1,7 @@
 """Routing under any sequence of news: fairness, preference, and counts that add up."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
@@ -153,15 +154,14 @@ class Marks(RuleBasedStateMachine):
         self.availability.restrict_to(allowed)
         self.allowed = allowed
 
-    @rule(instance_id=IDS, load=st.integers(0, 3), limit=st.none() | st.integers(1, 3))
-    def requests_run(self, instance_id: int, load: int, limit: int | None) -> None:
-        for candidate in self.candidates:
-            if candidate.instance_id == instance_id:
-                candidate.load, candidate.limit = load, limit
+    @rule(carried=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([1, 1, 2, None])), min_size=8, max_size=8))
+    def requests_run(self, carried: list[tuple[int, int | None]]) -> None:
+        for candidate, (load, limit) in zip(self.candidates, carried, strict=False):
+            candidate.load, candidate.limit = load, limit
 
-    @rule(policy=st.sampled_from(POLICIES))
-    def a_policy_is_used(self, policy: Policy) -> None:
-        self.policy = policy
+    @rule(policy=st.sampled_from([RoundRobin, UniformRandom, LeastLoaded, PowerOfTwo, DeviceWeighted]))
+    def a_policy_is_used(self, policy: Callable[[], Policy]) -> None:
+        self.policy = policy()
 
     @rule(excluded=st.sets(IDS))
     def a_retry_goes_where_it_should(self, excluded: set[int]) -> None:
@@ -261,7 +261,7 @@ class Counts(RuleBasedStateMachine):
 
 
 TestMarks = Marks.TestCase
-TestMarks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestMarks.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestCounts = Counts.TestCase
 TestCounts.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 

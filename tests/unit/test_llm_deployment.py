@@ -199,7 +199,8 @@ async def test_busy_workers_get_nothing_until_they_report_less() -> None:
         await eventually(lambda: it.served().engine.room() == 6)
 
 
-async def test_who_waits_for_room_is_told_of_it() -> None:
+async def test_who_waits_for_room_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stator.llm.directory._REMINDER", 3600.0)
     async with cluster(LoadConfig(active_decode_blocks_threshold=0.5)) as it:
         worker = await it.add(slots=1, blocks=10)
         (stream,) = await it.begin()
@@ -235,6 +236,21 @@ async def test_who_waits_for_room_is_told_of_it() -> None:
         assert rooms == []
         deployments: Any = engine
         assert not any(each.client.view.occupancy.on_room for each in deployments._deployments)
+
+
+async def test_an_answer_that_ends_makes_room_where_others_were_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stator.llm.directory._REMINDER", 3600.0)
+    async with cluster(routing__overloaded_for=3600.0) as it:
+        await it.add(slots=1)
+        await it.add(slots=1)
+        first, _ = await it.begin(2)
+        await anext(first.batches())
+        engine: Any = it.served().engine
+        engine._deployments[0].client.view.availability.mark_overloaded(first.instance_id, 0.0, seconds=1e9)
+        rooms: list[int | None] = []
+        engine.on_room(lambda: rooms.append(engine.room()))
+        first.kill()
+        assert rooms == [1], "it was full when it refused, and is not now"
 
 
 async def test_who_waits_is_reminded_once_a_second_because_time_alone_makes_room() -> None:

@@ -21,6 +21,7 @@ from stator.clock import Clock
 from stator.errors import StatorError
 from stator.llm.card import ModelCard, ModelType, card_from_json, mdcsum
 from stator.llm.deployment import DeployedEngine, DeployedWorker, Deployment, turns
+from stator.llm.load_metrics import load_metrics
 from stator.llm.monitor import WorkerMonitor
 from stator.llm.preprocess import Preprocessor
 from stator.llm.served import ServedModel
@@ -92,17 +93,18 @@ class ModelDirectory:
         config = load if load is not None else await asyncio.to_thread(settings.load, LoadConfig)
         monitor = WorkerMonitor(config, clock)
         directory = cls(runtime, clock, policy, monitor)
-        async with Scope("model directory") as scope, monitor.listening(runtime.events):
-            scope.spawn(directory._follow_cards(), name="model cards")
-            scope.spawn(directory._follow_instances(), name="instances")
-            scope.spawn(directory._rebuild_on_news(), name="models")
-            scope.spawn(directory._remind_of_room(), name="reminder of room")
-            try:
-                async with asyncio.timeout(10.0):
-                    await directory._synced.wait()
-            except TimeoutError:
-                logger.warning("discovery has not answered yet; models will appear when it does")
-            yield directory
+        with load_metrics(runtime.metrics, monitor):
+            async with Scope("model directory") as scope, monitor.listening(runtime.events):
+                scope.spawn(directory._follow_cards(), name="model cards")
+                scope.spawn(directory._follow_instances(), name="instances")
+                scope.spawn(directory._rebuild_on_news(), name="models")
+                scope.spawn(directory._remind_of_room(), name="reminder of room")
+                try:
+                    async with asyncio.timeout(10.0):
+                        await directory._synced.wait()
+                except TimeoutError:
+                    logger.warning("discovery has not answered yet; models will appear when it does")
+                yield directory
 
     # -- ModelSource
 

@@ -187,6 +187,13 @@ class WorkerMonitor:
             )
         return sorted(reports, key=lambda report: (report.worker_id, report.dp_rank))
 
+    def busy_workers(self) -> dict[str, int]:
+        """How many workers are busy for each model served now."""
+        busy: dict[str, set[int]] = {model: set() for model in sorted(self._models())}
+        for place in self._watched:
+            busy[place[1]].update(self._table.busy(place))
+        return {model: len(workers) for model, workers in busy.items()}
+
     def statistics(self) -> MonitorStatistics:
         """Counters."""
         busy = {worker for place in self._watched for worker in self._table.busy(place)}
