@@ -210,3 +210,21 @@ def test_it_says_why_when_nothing_can_make_it_ready() -> None:
     assert "not served" in listed.explain().obstacles[0].reason
     listed.add("generate")
     assert "no canary payload" in listed.explain().obstacles[0].reason
+
+
+def test_a_reason_that_the_program_gives_is_on_the_page_while_it_is_not_ready() -> None:
+    system = SystemHealth(clock=ManualClock())
+    system.set_system(False, "loading weights")
+    assert system.body().endswith(b'"endpoints":{},"reason":"loading weights"}')
+    system.set_system(True, "loaded")
+    assert b"reason" not in system.body()
+    system.set_system(False)
+    assert b"reason" not in system.body(), "the page is the reference's then"
+
+
+def test_no_reason_is_given_for_what_others_decide() -> None:
+    system = SystemHealth(clock=ManualClock())
+    system.set_system(False, "loading weights")
+    system.add("generate", payload={})
+    assert system.ready
+    assert b"reason" not in system.body()

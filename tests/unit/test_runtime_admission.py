@@ -70,3 +70,34 @@ def test_the_reference_s_variables() -> None:
     assert pool.limits == (7, 8)
     env = {"DYN_ENGINE_REQUEST_LIMIT": "3", "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": "5"}
     assert settings.load(AdmissionConfig, env=env).limits == (3, 5)
+
+
+def test_an_engine_may_say_how_many_it_answers_at_once() -> None:
+    admission = Admission(AdmissionConfig(queue=1))
+    admission.suggest(2)
+    assert (admission.slots, admission.room) == (2, 1)
+    assert admission.take()
+    assert admission.take()
+    assert not admission.take()
+    admission.wait(Guest(lambda: None))
+    with pytest.raises(
+        Overloaded, match=r"2 requests run \(the engine's max_num_seqs = 2\) and 1 wait \(admission.queue = 1\)"
+    ):
+        admission.wait(Guest(lambda: None))
+
+
+def test_engines_of_one_process_share_what_they_say() -> None:
+    admission = Admission(AdmissionConfig())
+    admission.suggest(2)
+    admission.suggest(3)
+    assert (admission.slots, admission.room) == (5, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limits"),
+    [({"slots": 7}, (7, 16)), ({"pool_slots": 50}, (50, 40_000)), ({"pool_queue": 5}, (10_000, 5))],
+)
+def test_what_the_operator_has_set_stands(settings: dict[str, int], limits: tuple[int, int]) -> None:
+    admission = Admission(AdmissionConfig(**settings))
+    admission.suggest(2)
+    assert (admission.slots, admission.room) == limits

@@ -272,9 +272,9 @@ class Worker:
         clean = await self._clean_up()
         if gauges is not None:
             gauges.cleanup_time.set(now() - began)
-        self._unsubscribe()
         if served is not None:
             await served.aclose()
+        self._unsubscribe()
         await self._end_reporting()
         return clean
 
