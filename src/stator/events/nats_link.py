@@ -1,7 +1,9 @@
 """One connection to NATS that is made again whenever it ends. The only module that imports `nats`.
 
 The library's own reconnecting is off: it neither backs off nor gives up a server that has stopped to read. Here a task keeps one
-client after the other; what is to be sent waits in a queue that no broken client can block.
+client after the other; what is to be sent waits in a queue that no broken client can block. The library also swallows the
+cancellation of who waits in it, so nothing here relies on a cancellation alone: whoever comes back from it looks whether the
+connection has ended.
 """
 
 import asyncio
@@ -65,6 +67,7 @@ class NatsLink:
         self._ended = asyncio.Event()
         self._reason = ""
         self._away = False
+        self._closing = False
 
     async def start(self) -> None:
         """Begin to connect; returns after the first try, whatever came of it."""
@@ -115,7 +118,7 @@ class NatsLink:
 
     async def _keep(self) -> None:
         attempt = 0
-        while True:
+        while not self._closing:
             self._reason = ""
             client, ended = Client(), asyncio.Event()
             self._ended = ended
@@ -123,10 +126,11 @@ class NatsLink:
                 if await self._connect(client, ended):
                     attempt = 0
                     await self._use(client, ended)
-                self._miss()
+                if not self._closing:
+                    self._miss()
             finally:
                 self._client = None
-                await self._discard(client)
+                await _discard(client)
             await asyncio.sleep(self._backoff.delay(attempt, self._random))
             attempt += 1
 
@@ -152,7 +156,7 @@ class NatsLink:
             for reader in tuple(self._readers):
                 await self._subscribe(client, reader)
             await client.flush(_seconds(timeout))
-        except (NatsError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever is at that address may have answered anything
             self._reason = self._reason or str(error) or type(error).__name__
             return False
         finally:
@@ -175,14 +179,18 @@ class NatsLink:
     async def _use(self, client: Client, ended: asyncio.Event) -> None:
         """Send what is queued until the connection ends."""
         async with Scope("nats client") as scope:
-            scope.spawn(self._pump(client), name="nats sender")
-            scope.spawn(self._watch(client), name="nats watch")
-            await ended.wait()
+            scope.spawn(self._pump(client, ended), name="nats sender")
+            scope.spawn(self._watch(client, ended), name="nats watch")
+            try:
+                if not self._closing:
+                    await ended.wait()
+            finally:
+                ended.set()
 
-    async def _pump(self, client: Client) -> None:
+    async def _pump(self, client: Client, ended: asyncio.Event) -> None:
         queue, sent = self._queue, 0
         while True:
-            while queue:
+            while queue and not ended.is_set():
                 sent += 1
                 if sent % _YIELD_EVERY == 0:
                     await asyncio.sleep(0)
@@ -200,22 +208,24 @@ class NatsLink:
                         subject,
                         client.max_payload,
                     )
-                except (NatsError, OSError) as error:
+                except Exception as error:  # whatever the library came upon, another connection is made
                     sender.lost()
                     self._end(client, f"it does not take messages: {error!r}")
                     return
-            self._emptied.set()
+            if ended.is_set():
+                return
             self._filled.clear()
+            self._emptied.set()
             await self._filled.wait()
 
-    async def _watch(self, client: Client) -> None:
+    async def _watch(self, client: Client, ended: asyncio.Event) -> None:
         """Ask now and then whether the server is there."""
-        while True:
+        while not ended.is_set():
             await asyncio.sleep(self._config.ping_interval)
             try:
                 async with asyncio.timeout(self._config.ping_interval):
                     await client.flush(_seconds(self._config.ping_interval))
-            except (NatsError, OSError, TimeoutError) as error:
+            except Exception as error:  # as above
                 self._end(client, f"it does not answer: {error!r}")
                 return
 
@@ -235,30 +245,45 @@ class NatsLink:
         if not self._away:
             self._away = True
             servers = ", ".join(map(shown_url, self._config.urls))
-            logger.warning(
-                "NATS is away (%s): %s; events are lost until it is back", servers, self._reason or "it closed the connection"
-            )
-        self._reason = ""
-
-    async def _discard(self, client: Client) -> None:
-        try:
-            async with asyncio.timeout(_GOODBYE):
-                await client.close()
-        except Exception as error:  # whatever it is, the client is not used again
-            logger.debug("closing a NATS client: %r", error)
-        finally:
-            _abort(client)
+            reason = self._reason or "it closed the connection"
+            text = "NATS is away (%s): %s; events wait until it is back, and the oldest are dropped when too many do"
+            logger.warning(text, servers, reason)
 
     async def aclose(self) -> None:
-        """Send what is queued if that is quick; the scope ends the connection."""
-        if self._client is None or not self._queue:
-            return
-        self._emptied.clear()
-        try:
-            async with asyncio.timeout(_GOODBYE):
-                await self._emptied.wait()
-        except TimeoutError:
-            logger.debug("%d events were not sent any more", len(self._queue))
+        """Send what is queued if that is quick, and end the connection. The scope waits for it."""
+        if self._client is not None and self._queue:
+            self._emptied.clear()
+            try:
+                async with asyncio.timeout(_GOODBYE):
+                    await self._emptied.wait()
+            except TimeoutError:
+                logger.debug("%d events were not sent any more", len(self._queue))
+        self._closing = True
+        self._ended.set()
+
+
+async def _discard(client: Client) -> None:
+    """Close the client in good order if that is quick, and see that nothing of it is left."""
+    async with Scope("nats goodbye") as scope:
+        closing = scope.spawn(_close(client), name="close a NATS client")
+        await asyncio.wait([closing], timeout=_GOODBYE)
+        _abort(client)
+        await asyncio.wait([closing], timeout=_GOODBYE)
+    tasks = [getattr(client, name, None) for name in ("_reading_task", "_ping_interval_task", "_flusher_task")]
+    subscriptions: dict[int, Any] = getattr(client, "_subs", {})
+    tasks.extend(getattr(each, "_wait_for_msgs_task", None) for each in subscriptions.values())
+    left = {task for task in tasks if task is not None and not task.done()}
+    for task in left:  # the library forgets them when its last write fails
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_GOODBYE)
+
+
+async def _close(client: Client) -> None:
+    try:
+        await client.close()
+    except Exception as error:  # whatever it is, the client is not used again
+        logger.debug("closing a NATS client: %r", error)
 
 
 def _seconds(seconds: float) -> Any:

@@ -29,6 +29,9 @@ _AT_ONCE = 256
 """messages taken before others on the loop get a turn"""
 _AT_MOST = 10_000
 """messages taken before a publisher that left is disconnected"""
+_SLACK = 8
+"""times the largest message a frame may be before it is not even received. ZMQ then ends the connection for good, which is too much
+for a message that is a little too large: that is read, counted and dropped"""
 _SUBSCRIPTION_SIZE = 65_536
 """bytes; what subscribers send to publishers is a topic"""
 
@@ -38,7 +41,7 @@ class Sockets:
 
     def __init__(self, config: ZmqEventsConfig, *, max_envelope: int) -> None:
         self._config = config
-        self._max_frame = max_envelope + HEADER_SIZE
+        self._max_frame = _SLACK * max_envelope + HEADER_SIZE
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
 
