@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from stator.frontend.admission import AdmissionQueue
 from stator.frontend.admission_limits import AdmissionLimits
-from stator.frontend.permit import CallGroup, Permit, PermitState, Priority
+from stator.frontend.permit import Permit, PermitState, Priority
 from stator.frontend.refusal import Refusal
 
 pytestmark = pytest.mark.timeout(120)
@@ -67,13 +67,13 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.now = 100.0
         self.untold = False
         """whether there may be room that the queue has not been told of"""
-        self.alive: list[CallGroup] = []
+        self.alive: list[list[Permit]] = []
         self.at: dict[Permit, int] = {}
         """where each call is that a worker knows"""
 
     @property
     def permits(self) -> list[Permit]:
-        return [permit for group in self.alive for permit in group.permits]
+        return [permit for group in self.alive for permit in group]
 
     def of(self, *states: PermitState) -> list[Permit]:
         return [permit for permit in self.permits if permit.state in states]
@@ -102,7 +102,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         priority=st.sampled_from(Priority),
         calls=st.sampled_from([1, 1, 1, 2, 5]),
     )
-    def arrive(self, tenant: str, priority: Priority, calls: int) -> CallGroup | None:
+    def arrive(self, tenant: str, priority: Priority, calls: int) -> list[Permit] | None:
         free, waiting = self.free(), self.queue.waiting
         capped = self.queue._cap is not None
         outcome = self.queue.offer(self.now, self.workers.room(), tenant=tenant, priority=priority, calls=calls)
@@ -112,7 +112,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             assert capped or left == 0, "refused although a worker is free"
             assert outcome.text(self.limits)
             return None
-        granted = sum(permit.state is PermitState.GRANTED for permit in outcome.permits)
+        granted = sum(permit.state is PermitState.GRANTED for permit in outcome)
         if left is not None:
             assert granted <= left, "let in although all workers are at their limit"
         if not capped:
@@ -160,12 +160,12 @@ class AdmissionMachine(RuleBasedStateMachine):
             self.pump()
 
     @rule(group=consumes(groups))
-    def cancel(self, group: CallGroup | None) -> None:
+    def cancel(self, group: list[Permit] | None) -> None:
         """A client goes away, whatever its request was doing."""
-        if group is not None and group in self.alive:
-            for permit in group.permits:
+        if group is not None and any(group is each for each in self.alive):
+            for permit in group:
                 self.leave(permit)
-            self.alive.remove(group)
+            self.alive = [each for each in self.alive if each is not group]
             self.pump()
 
     @rule(worker=st.integers(0, 1), limit=st.none() | st.integers(0, 4))
@@ -218,6 +218,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         if not hasattr(self, "queue"):
             return
         queue = self.queue
+        several = {group[0].group for group in self.alive if len(group) > 1}
         assert queue.waiting == len(self.of(PermitState.WAITING)) == sum(map(queue.waiting_of, Priority))
         assert set(queue.all_waiting()) == set(self.of(PermitState.WAITING))
         assert queue.running == len(self.of(PermitState.GRANTED, PermitState.ROUTED))
@@ -225,7 +226,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             line = queue.line(priority)
             assert line.known <= self.limits.tenants + line.tenants
             # one request may exceed the queue on its own, and what workers refused comes back whatever waits
-            extra = sum(permit.returns > 0 or len(permit.group.permits) > 1 for permit in line.permits())
+            extra = sum(permit.returns > 0 or permit.group in several for permit in line.permits())
             assert line.waiting <= self.limits.depth + extra
 
     def teardown(self) -> None:

@@ -29,6 +29,7 @@ from stator.frontend.service_rate import ServiceRate
 
 __all__ = ["AdmissionQueue"]
 
+_WAITING, _GRANTED, _ROUTED, _OVER = PermitState  # class attributes of an enum are slow to come by
 _SLACK = 16
 """calls that run and may wait, together, whatever the target: a place must not stay empty for want of a request"""
 _STARTED_PATIENCE = 300.0
@@ -53,7 +54,7 @@ class _Class:
 class AdmissionQueue:
     """The queue of one model. `room` is always the workers' own answer of this moment; `now` is in monotonic seconds.
 
-    Each permit of an accepted group must be brought to its `end` exactly once, whatever becomes of it.
+    Each permit of an accepted request must be brought to its `end` exactly once, whatever becomes of it.
     """
 
     def __init__(self, limits: AdmissionLimits) -> None:
@@ -93,18 +94,21 @@ class AdmissionQueue:
 
     def _pending(self) -> int:
         """Calls let in that `room` does not know of."""
+        if not self._unrouted:
+            return 0
         return sum(not permit.counted for permit in self._unrouted)
 
     # -- a request comes
 
     def offer(
         self, now: float, room: int | None, *, tenant: str = "", priority: Priority = Priority.NORMAL, calls: int = 1
-    ) -> CallGroup | Refusal:
-        """Take a request of so many calls, or say why not. Its permits are granted now, or wait."""
+    ) -> list[Permit] | Refusal:
+        """Take a request, or say why not. The permits of its calls, in order, are granted now, or wait."""
         if self._waiting:
             self.pump(now, room)
         own = self._classes[priority]
-        group = CallGroup(tenant, priority, calls=calls, since=now)
+        group = CallGroup(tenant, priority, now)
+        permits = [Permit(group)] if calls == 1 else [Permit(group) for _ in range(calls)]
         at_once = 0
         if not self._waiting:
             free = self.free(now, room)
@@ -112,13 +116,13 @@ class AdmissionQueue:
         if at_once:
             if room is not None:
                 own.line.charge(tenant, at_once)
-            for permit in group.permits[:at_once]:
+            for permit in permits[:at_once]:
                 self._grant(permit, now)
         elif (refusal := self._refusal(own, tenant, priority, calls, now)) is not None:
             return refusal
-        for permit in group.permits[at_once:]:
+        for permit in permits[at_once:]:
             self._wait(own, permit, now)
-        return group
+        return permits
 
     def _refusal(self, own: _Class, tenant: str, priority: Priority, calls: int, now: float) -> Refusal | None:
         """Why a request that cannot go on now may not wait either."""
@@ -204,7 +208,7 @@ class AdmissionQueue:
         return chosen
 
     def _grant(self, permit: Permit, now: float) -> None:
-        permit.state = PermitState.GRANTED
+        permit.state = _GRANTED
         permit.granted_at = now
         permit.stream = None
         self.running += 1
@@ -214,8 +218,8 @@ class AdmissionQueue:
 
     def routed(self, permit: Permit) -> None:
         """A worker took the call."""
-        if permit.state is PermitState.GRANTED:
-            permit.state = PermitState.ROUTED
+        if permit.state is _GRANTED:
+            permit.state = _ROUTED
             permit.group.taken += 1
             self._unrouted.discard(permit)
 
@@ -227,9 +231,9 @@ class AdmissionQueue:
         group, limits = permit.group, self.limits
         if permit.returns >= _RETURNS or now - group.since >= limits.timeout:
             return False
-        group.taken -= permit.state is PermitState.ROUTED
+        group.taken -= permit.state is _ROUTED
         permit.returns += 1
-        permit.state = PermitState.WAITING
+        permit.state = _WAITING
         self._unrouted.discard(permit)
         self.running -= 1
         self._cap, self._cap_until = self.running, now + _CAP_LIFE
@@ -241,17 +245,18 @@ class AdmissionQueue:
 
     def end(self, permit: Permit, now: float) -> None:
         """The call is over, or was given up at whatever stage. Idempotent."""
-        state, permit.state = permit.state, PermitState.OVER
-        if state is PermitState.WAITING:
+        state, permit.state = permit.state, _OVER
+        permit.stream = None
+        if state is _WAITING:
             own = self._classes[permit.group.priority]
             own.line.remove(permit)
             self._waiting -= 1
             if not own.line.waiting:
                 own.overload.standing(False, now)
-        elif state is not PermitState.OVER:
+        elif state is not _OVER:
             self.running -= 1
             self._unrouted.discard(permit)
-            if state is PermitState.ROUTED:
+            if state is _ROUTED:
                 self.rate.ended(now - permit.granted_at, now)
 
     # -- time passes

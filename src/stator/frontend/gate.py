@@ -10,7 +10,7 @@ from stator.frontend.admission import AdmissionQueue
 from stator.frontend.admission_limits import AdmissionLimits
 from stator.frontend.admission_metrics import AdmissionMetrics
 from stator.frontend.caller import Caller
-from stator.frontend.permit import CallGroup, Permit, PermitState
+from stator.frontend.permit import Permit, PermitState
 from stator.frontend.refusal import Refusal
 from stator.llm.served import ServedModel, TokenStream
 from stator.tasks import DeadlineWheel, Timed
@@ -19,6 +19,7 @@ __all__ = ["Admission", "Gate"]
 
 logger = logging.getLogger(__name__)
 
+_WAITING, _GRANTED, _, _OVER = PermitState
 _TICK = 0.1
 """seconds; while somebody waits it is looked this often whether a place came free that nobody told of"""
 _QUIET = 10.0
@@ -87,18 +88,17 @@ class Gate:
         if isinstance(outcome, Refusal):
             raise self._refusal(outcome)
         if queue.waiting:
-            if self.closing is not None and outcome.permits[0].state is PermitState.WAITING:
+            if self.closing is not None and outcome[0].state is _WAITING:
                 self.close(outcome)
                 raise self.closing()
             self._watch()
         return Admission(self, outcome)
 
-    def close(self, group: CallGroup) -> None:
+    def close(self, permits: list[Permit]) -> None:
         """All calls of a request are over."""
-        now = self._now()
-        for permit in group.permits:
-            self.queue.end(permit, now)
-        self.pump()
+        for permit in permits:
+            if permit.state is not _OVER:
+                self.ended(permit)
 
     def dismiss(self, error: Callable[[], Exception]) -> None:
         """No request waits any more to begin: those who do are refused, and who comes later if it would have to."""
@@ -116,7 +116,7 @@ class Gate:
 
     async def granted(self, permit: Permit) -> None:
         """Wait until the call may be made; at once if it may. Raises why it may not. Cancelled: as before."""
-        if permit.state is PermitState.WAITING:
+        if permit.state is _WAITING:
             waiter = asyncio.get_running_loop().create_future()
             permit.wake = partial(_resolve, waiter)
             try:
@@ -203,23 +203,22 @@ class Gate:
 class Admission:
     """What a request got from its gate: the right to make its calls, one by one, at once or in a while. `close` it in the end."""
 
-    __slots__ = ("_gate", "_permits", "group")
+    __slots__ = ("_gate", "_permits")
 
-    def __init__(self, gate: Gate, group: CallGroup) -> None:
+    def __init__(self, gate: Gate, permits: list[Permit]) -> None:
         self._gate = gate
-        self._permits = group.permits
-        self.group = group
+        self._permits = permits
 
     @property
     def waited(self) -> float:
         """Seconds from the request's arrival here until its first call was let in; 0.0 until then."""
-        granted = self._permits[0].granted_at
-        return max(0.0, granted - self.group.since) if granted else 0.0
+        first = self._permits[0]
+        return max(0.0, first.granted_at - first.group.since)
 
     async def turn(self, index: int) -> None:
         """Return when call `index` may be made. Raises why it may not. Cancelled: it still waits, or may go."""
         permit = self._permits[index]
-        if permit.state is not PermitState.GRANTED:
+        if permit.state is not _GRANTED:
             await self._gate.granted(permit)
 
     def sending(self, index: int, stream: TokenStream) -> None:
@@ -244,7 +243,7 @@ class Admission:
 
     def close(self) -> None:
         """The request is over: whatever it has left is given back. Idempotent."""
-        self._gate.close(self.group)
+        self._gate.close(self._permits)
 
 
 def _resolve(waiter: asyncio.Future[None]) -> None:

@@ -31,17 +31,16 @@ class PermitState(IntEnum):
 
 
 class CallGroup:
-    """The calls of one request: so many permits of one tenant and class. `since` is when it came, in monotonic seconds."""
+    """What the calls of one request have in common. `since` is when it came, in monotonic seconds."""
 
-    __slots__ = ("permits", "priority", "since", "taken", "tenant")
+    __slots__ = ("priority", "since", "taken", "tenant")
 
-    def __init__(self, tenant: str, priority: Priority, *, calls: int, since: float) -> None:
+    def __init__(self, tenant: str, priority: Priority, since: float) -> None:
         self.tenant = tenant
         self.priority = priority
         self.since = since
         self.taken = 0
         """calls that a worker took, ever: with one of them the others are not refused for waiting any more"""
-        self.permits = [Permit(self) for _ in range(calls)]
 
 
 class Permit:
