@@ -2,12 +2,16 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from stator.testing.documents import write_blocks
+from stator.testing.engine_suite import run_conformance
 from stator.testing.serve_process import StatorProcess
+from stator.worker import FunctionEngine
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -50,17 +54,42 @@ def test_pipeline(environment: dict[str, str]) -> None:
     assert output_of("pipeline.py", environment) == ["['TWO', 'STAGES', 'TWO', 'STAGES']"]
 
 
+@contextmanager
+def served(engine: str, environment: dict[str, str], *options: str, directory: Path = EXAMPLES) -> Iterator[str]:
+    """The URL of a service with that engine."""
+    with StatorProcess("serve", "--engine", engine, *options, directory=directory, environment=environment) as process:
+        yield f"{process.wait_until_ready()}/v1"
+
+
+def test_engine_class_and_openai_client(environment: dict[str, str]) -> None:
+    with served("engine_class:Backwards", environment, "--option", "pause=0.001") as url:
+        assert output_of("openai_client.py", environment, url) == ["👋 maerts a morf eßürG"]
+
+
+def test_engine_function_and_openai_client(environment: dict[str, str]) -> None:
+    with served("engine_function:shout", environment) as url:
+        assert output_of("openai_client.py", environment, url) == ["GRÜSSE FROM A STREAM 👋"]
+
+
+def test_an_engine_may_be_named_by_a_dotted_path(environment: dict[str, str]) -> None:
+    arguments = ("--option", "name=loud")
+    with served("examples.engine_function:shout", environment, *arguments, directory=EXAMPLES.parent) as url:
+        assert output_of("openai_client.py", environment, url) == ["GRÜSSE FROM A STREAM 👋"]
+
+
 @pytest.fixture
-def service(environment: dict[str, str]) -> Iterator[StatorProcess]:
-    arguments = ("serve", "--engine", "engine:Backwards", "--option", "pause=0.001")
-    with StatorProcess(*arguments, directory=EXAMPLES, environment=environment) as process:
-        process.wait_until_ready()
-        yield process
+def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They can be imported."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    for name in ("engine_class", "engine_function"):
+        sys.modules.pop(name, None)
 
 
-def test_engine_and_openai_client(service: StatorProcess, environment: dict[str, str]) -> None:
-    url = f"{service.wait_until_ready()}/v1"
-    assert output_of("openai_client.py", environment, url) == ["👋 maerts a morf eßürG"]
+async def test_the_engines_keep_the_contract(examples: None) -> None:
+    class_module, function_module = import_module("engine_class"), import_module("engine_function")
+    await run_conformance(lambda: class_module.Backwards(class_module.Options(pause=0.02)))
+    await run_conformance(lambda: FunctionEngine(function_module.shout))
 
 
 def test_the_block_of_the_page_about_the_references_names(tmp_path: Path, environment: dict[str, str]) -> None:
