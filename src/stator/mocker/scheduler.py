@@ -83,7 +83,8 @@ class Scheduler:
         """prompt tokens computed before and after this pass, of each sequence whose prompt is computed in it"""
         self._rejected: list[Sequence] = []
         self._plan: Pass | None = None
-        self._begun = 0
+        self.begun = 0
+        """when the planned pass begins, in nanoseconds"""
 
     @property
     def running(self) -> int:
@@ -94,6 +95,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences without one."""
         return len(self._waiting)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of recent prompt tokens that were found in the prefix cache, 0 … 1; None: no data, or no cache."""
+        return self.statistics.hits.value if self.limits.prefix_caching else None
 
     @property
     def plan(self) -> Pass | None:
@@ -129,7 +135,7 @@ class Scheduler:
 
     def start(self, now: int) -> Pass | None:
         """Plan the pass that begins at `now`. None: there is nothing to do."""
-        self._begun = now
+        self.begun = now
         self._completing = []
         self._prefills = []
         budget = self.limits.max_num_batched_tokens - self._decoding
@@ -154,11 +160,11 @@ class Scheduler:
         """The first `passes` of the planned ones are over: 1 … `repeat`. There must be a plan."""
         plan, self._plan = self._plan, None
         assert plan is not None, "finish needs a start before it"
-        end = self._begun + passes * plan.duration
+        end = self.begun + passes * plan.duration
         statistics = self.statistics
         statistics.passes += passes
-        statistics.busy += end - self._begun
-        statistics.used_time += self.pool.used * (end - self._begun)
+        statistics.busy += end - self.begun
+        statistics.used_time += self.pool.used * (end - self.begun)
         statistics.most_used = max(statistics.most_used, self.pool.used)
         if passes > 1:
             self._beat += passes - 1

@@ -309,5 +309,5 @@ class _Run:
             used_time=statistics.used_time,
             most_used=statistics.most_used,
             capacity=worker.capacity,
-            hit_rate=statistics.hits.value,
+            hit_rate=worker.scheduler.hit_rate,
         )
