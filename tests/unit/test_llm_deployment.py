@@ -12,7 +12,8 @@ import pytest
 from stator.discovery.memory import MemoryStore
 from stator.errors import Overloaded, Unavailable
 from stator.events import Channel, EventPublisher
-from stator.llm.card import RuntimeConfig, byte_card, card_to_json
+from stator.llm.card import ModelCard, RuntimeConfig, byte_card, card_to_json
+from stator.llm.deployment import DeployedWorker
 from stator.llm.directory import ModelDirectory
 from stator.llm.load_event import LOAD_TOPIC, ActiveLoad, encode_load
 from stator.llm.output import EngineOutput
@@ -144,6 +145,15 @@ async def test_nobody_gets_more_requests_than_it_runs_while_others_have_room() -
         streams[-1].kill()
         assert engine.room() == 1 and engine.pressure() == ""
         await it.begin()
+
+
+def test_a_card_says_what_a_worker_runs_at_once_on_each_rank() -> None:
+    def slots(**said: Any) -> int | None:
+        return DeployedWorker.of(ModelCard(display_name="m", runtime_config=RuntimeConfig(**said)), repeats=False).slots
+
+    assert slots() is None and slots(data_parallel_size=4) is None
+    assert slots(max_num_seqs=8) == slots(max_num_seqs=8, data_parallel_size=0) == 8
+    assert slots(max_num_seqs=8, data_parallel_size=4) == 32
 
 
 async def test_how_much_a_worker_gets_can_be_scaled_and_switched_off() -> None:

@@ -28,7 +28,7 @@ class DeployedWorker(msgspec.Struct, frozen=True, kw_only=True):
 
     capacity: KvCapacity = KvCapacity()
     slots: int | None = None
-    """requests it runs at once (`max_num_seqs`)"""
+    """requests it runs at once: `max_num_seqs`, which is per rank, times its ranks; None: its card does not say"""
     kind: WorkerType | None = None
     repeats: bool = False
     """whether it repeats its load reports: Stator's do"""
@@ -36,7 +36,9 @@ class DeployedWorker(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, card: ModelCard, *, repeats: bool) -> "DeployedWorker":
         """What its card says."""
-        slots = card.runtime_config.max_num_seqs
+        slots, ranks = card.runtime_config.max_num_seqs, max(1, card.runtime_config.data_parallel_size)
+        if slots is not None:
+            slots *= ranks
         return cls(capacity=kv_capacity(card), slots=slots, kind=card.worker_type, repeats=repeats)
 
 

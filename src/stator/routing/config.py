@@ -39,7 +39,7 @@ class RoutingConfig(Config, frozen=True, kw_only=True):
     slots_factor: Annotated[
         float,
         Setting(
-            doc="requests given to a worker at once, as multiple of those its card says it runs at once (max_num_seqs); 0: any number",
+            doc="requests given to a worker at once, in multiples of what its card says it runs (max_num_seqs of each rank); 0: any number",
             ge=0,
         ),
     ] = 1.0
