@@ -1,6 +1,7 @@
 """Load events over real sockets: how soon they take workers out of routing, and what clients of the HTTP API hear when all are out."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from stator.runtime.context import Context
 from stator.tasks import SystemClock
 from stator.testing.frontend_kit import RawClient, chat_body, frontend
 from stator.testing.plane_suite import eventually
+from stator.worker.load_publisher import WorkerMetricsPublisher
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -151,6 +153,29 @@ async def test_the_monitor_knows_the_last_value_soon_after_it_was_said(cluster: 
     expected = {worker.id for worker in workers if all(last[worker.id, rank] > 500 for rank in (0, 1))}
     assert monitor.statistics().busy == len(expected)
     assert monitor.statistics().malformed == monitor.statistics().dropped == 0
+
+
+async def test_it_keeps_up_with_engines_that_publish_from_their_own_threads(cluster: Cluster) -> None:
+    """Two workers with two ranks each, a thousand values a second from each rank."""
+    workers = [await cluster.add() for _ in range(2)]
+    last: dict[tuple[int, int], int] = {}
+
+    def run(publisher: WorkerMetricsPublisher, worker: int, rank: int) -> None:
+        random = Random(rank)
+        for _ in range(1000):
+            last[worker, rank] = used = random.randrange(1000)
+            publisher.publish(rank, kv_used_blocks=used)
+            time.sleep(0.001)
+
+    async with AsyncExitStack() as stack:
+        running: list[Any] = []
+        for worker in workers:
+            made = WorkerMetricsPublisher(worker.runtime.events, namespace=ENDPOINT.namespace, worker_id=worker.id)
+            publisher = await stack.enter_async_context(made)
+            running += [asyncio.to_thread(run, publisher, worker.id, rank) for rank in (0, 1)]
+        await asyncio.gather(*running)
+        await eventually(lambda: cluster.used() == last, within=SOON)
+    assert cluster.directory.monitor.statistics().malformed == 0
 
 
 async def test_a_busy_worker_gets_no_request_soon_after_it_said_so(cluster: Cluster) -> None:
