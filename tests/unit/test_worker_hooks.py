@@ -193,6 +193,13 @@ async def test_what_the_endpoint_is_served_with() -> None:
         }
 
 
+async def test_slots_are_those_of_all_ranks() -> None:
+    stage = Stage()
+    stage.engine.config |= {"data_parallel_size": 4}
+    async with stage.running():
+        assert stage.served.options["slots"] == 12
+
+
 async def test_the_card_says_which_ranks_there_are_and_that_nobody_indexes() -> None:
     stage = Stage()
     stage.engine.config |= {"data_parallel_size": 4, "data_parallel_start_rank": 8, "total_kv_blocks": 1000}

@@ -37,13 +37,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_block_size: int | None = None
     total_kv_blocks: int | None = None
     max_num_seqs: int | None = None
-    """requests that generate at once"""
+    """sequences that generate at once, per rank; the worker takes that many requests and lets few wait (`slots`)"""
     max_num_batched_tokens: int | None = None
     """tokens of one forward pass"""
     data_parallel_size: int = 1
     data_parallel_start_rank: int = 0
     runtime_data: dict[str, Any] | None = None
     """anything else readers of the card may want"""
+
+    @property
+    def slots(self) -> int | None:
+        """Requests that are run at once, over all ranks; None: no limit. One for several choices counts as one: what is too much
+        for the engine waits in the engine.
+        """
+        return None if self.max_num_seqs is None else self.max_num_seqs * max(1, self.data_parallel_size)
 
 
 class LLMEngine(Protocol):

@@ -164,7 +164,7 @@ class Worker:
         self._served = served = await self._host.serve(
             self._config.endpoint_id,
             self.generate,
-            slots=config.max_num_seqs,
+            slots=config.slots,
             canary_payload=await health_payload(self._engine, self._config.health_payload),
             metrics_labels=reporting.labels,
         )
