@@ -12,13 +12,14 @@ request is let in alone: a request of eight calls with three places begins with 
 `ageing` + 1 at least. Within a class it is fair between tenants (`FairLine`).
 
 **Refusing early**: the wait of a newcomer is predicted from its place in that order and from how fast places come free (`ServiceRate`).
-More than `queue_wait` seconds are too many. A queue that stood above `queue_target` seconds for `queue_burst` seconds does not come from a
-burst: from then on only who need not wait longer than the target is taken, until that has refused nobody for a while. That is the idea
-of CoDel (RFC 8289), at the door instead of at the exit, so that refusals come at once. Two exceptions: tenants within their share are
-held to `queue_wait` only, since it is not they who overload; and a few calls may always wait, lest places stay empty.
+More than `queue_wait` seconds are too many. A queue that stood above `queue_target` seconds for `queue_burst` seconds and does not become
+shorter is no burst: from then on only who need not wait longer than the target is taken, until that has refused nobody for a while. That
+is the idea of CoDel (RFC 8289), at the door instead of at the exit, so that refusals come at once. Two exceptions: tenants within their
+share are held to `queue_wait` only, since it is not they who overload; and a few calls may always wait, lest places stay empty.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from stator.frontend.admission_limits import AdmissionLimits
 from stator.frontend.fair_line import FairLine
@@ -84,13 +85,11 @@ class AdmissionQueue:
 
     def free(self, now: float, room: int | None) -> int | None:
         """Places that nobody has been given; None: no limit. Negative when a limit went down."""
-        if self._cap is not None:
-            if now >= self._cap_until:
-                self._cap = None
-            else:
-                left = self._cap - self.running
-                return left if room is None else min(left, room - self._pending())
-        return None if room is None else room - self._pending()
+        free = None if room is None else room - self._pending()
+        if self._cap is None or now >= self._cap_until:
+            return free
+        left = self._cap - self.running
+        return left if free is None else min(left, free)
 
     def _pending(self) -> int:
         """Calls let in that `room` does not know of."""
@@ -133,29 +132,42 @@ class AdmissionQueue:
         counted = min(calls, share)
         interval = self._interval(now)
         position = line.position(tenant)
-        before = self._before(priority, position)
-        wait = 0.0 if interval is None else before * interval
+        wait = 0.0 if interval is None else self._before(priority, position) * interval
+        reason: Reason | None = None
         if held + counted > share or line.waiting + counted > limits.depth:
-            return self._refuse("queue", own, tenant, wait)
-        if wait > limits.timeout:
-            return self._refuse("timeout", own, tenant, wait)
-        few = max(1, _SLACK // max(1, self.running))
-        if interval is None:
-            return None if position <= max(few, self.running // 4) else self._refuse("wait", own, tenant, wait)
-        few = max(few, int(limits.target / interval) if interval else limits.depth)
-        if position <= few or not limits.target:
-            own.overload.standing(line.waiting + 1 > few, now)
-        elif not line.is_owed(tenant) and own.overload.at(now, interval):
-            own.overload.refused(now, interval)
-            return self._refuse("overload", own, tenant, wait)
+            reason = "queue"
+        elif wait > limits.timeout:
+            reason = "timeout"
+        elif interval is None:
+            reason = "wait" if position > max(self._few(), self.running // 4) else None
         else:
-            own.overload.standing(True, now)
-        if limits.wait and wait > limits.wait and position > few:
-            return self._refuse("wait", own, tenant, wait)
+            reason = self._too_long(own, tenant, position, wait, interval, now)
+        return reason and Refusal(reason=reason, wait=wait, waiting=line.waiting, held=held)
+
+    def _too_long(
+        self, own: _Class, tenant: str, position: int, wait: float, interval: float, now: float
+    ) -> Literal["wait", "overload"] | None:
+        """Whether `wait` is too long as things stand."""
+        limits, line, overload = self.limits, own.line, own.overload
+        few = max(self._few(), int(limits.target / interval) if interval else limits.depth)
+        overloaded = False
+        if line.waiting < few:
+            overload.short()
+        elif limits.target:
+            overloaded = overload.standing(line.waiting, now, interval)
+        if position <= few:
+            return None
+        if overloaded and not line.is_owed(tenant):
+            overload.refused_for_it(now, interval)
+            return "overload"
+        if limits.wait and wait > limits.wait:
+            overload.refused()
+            return "wait"
         return None
 
-    def _refuse(self, reason: Reason, own: _Class, tenant: str, wait: float) -> Refusal:
-        return Refusal(reason=reason, wait=wait, waiting=own.line.waiting, held=own.line.held(tenant))
+    def _few(self) -> int:
+        """How many calls may wait whatever the target."""
+        return max(1, _SLACK // max(1, self.running))
 
     def _interval(self, now: float) -> float | None:
         return self.rate.interval(self.running, since=self._waiting_since if self._waiting else now, now=now)
@@ -188,7 +200,7 @@ class AdmissionQueue:
             self._grant(permit, now)
             granted += 1
             if not own.line.waiting:
-                own.overload.standing(False, now)
+                own.overload.short()
             if permit.wake is not None:
                 permit.wake()
         return granted
@@ -252,7 +264,7 @@ class AdmissionQueue:
             own.line.remove(permit)
             self._waiting -= 1
             if not own.line.waiting:
-                own.overload.standing(False, now)
+                own.overload.short()
         elif state is not _OVER:
             self.running -= 1
             self._unrouted.discard(permit)

@@ -7,7 +7,7 @@ from stator.frontend.admission_metrics import AdmissionMetrics
 from stator.frontend.caller import Caller
 from stator.frontend.gate import Admission, Gate, Refuse
 from stator.frontend.permit import Priority
-from stator.llm.served import ModelSource, ServedModel, TokenEngine
+from stator.llm.served import ServedModel, TokenEngine
 from stator.tasks import DeadlineWheel
 
 __all__ = ["Admissions"]
@@ -21,7 +21,6 @@ class Admissions:
 
     def __init__(
         self,
-        source: ModelSource,
         limits: AdmissionLimits,
         *,
         metrics: AdmissionMetrics,
@@ -29,7 +28,6 @@ class Admissions:
         wheel: Callable[[], DeadlineWheel],
         refuse: Refuse,
     ) -> None:
-        self._source = source
         self._limits = limits
         self._metrics = metrics
         self._now = now
@@ -59,7 +57,6 @@ class Admissions:
             now=self._now,
             wheel=self._wheel(),
             refuse=self._refuse,
-            gone=lambda: self._source.get(served.name) is None,
         )
         gate.closing = self._closing
         self._gates[id(served.engine)] = served.engine, gate

@@ -32,8 +32,7 @@ Refuse = Callable[[str, str, float], Exception]
 class Gate:
     """Admission for one engine. `refuse` makes the errors that requests are refused with; with `limits.depth` 0 everybody may pass.
 
-    `closing` is set once nobody may wait any more; it makes what those are told who would have to. `gone` says that the model is not
-    served any longer.
+    `closing` is set once nobody may wait any more; it makes what those are told who would have to.
     """
 
     def __init__(
@@ -45,7 +44,6 @@ class Gate:
         now: Callable[[], float],
         wheel: DeadlineWheel,
         refuse: Refuse,
-        gone: Callable[[], bool],
     ) -> None:
         self.queue = AdmissionQueue(limits)
         self.closing: Callable[[], Exception] | None = None
@@ -56,7 +54,6 @@ class Gate:
         self._now = now
         self._wheel = wheel
         self._refuse = refuse
-        self._gone = gone
         self._unsubscribe: Callable[[], None] | None = None
         self._off = limits.depth == 0
         self._refused = 0
@@ -69,8 +66,8 @@ class Gate:
 
     @property
     def is_deserted(self) -> bool:
-        """Whether there is no worker. Not for every request: it asks the source of models."""
-        return not self._served.instances() or self._gone()
+        """Whether there is no worker."""
+        return not self._served.instances()
 
     @property
     def idle(self) -> bool:
@@ -174,7 +171,7 @@ class Gate:
         if self._off:
             return None
         room = self._served.engine.room()
-        return room if room is None or room > 0 or self._served.instances() else None
+        return room if room is None or room > 0 or not self.is_deserted else None
 
     def _tell(self, permits: list[Permit], error: Callable[[], Exception]) -> None:
         for permit in permits:

@@ -52,7 +52,6 @@ class FrontendState:
         self.turnstile = Turnstile(config.burst)
         self.tenant_salt = token_bytes(16)
         self.admissions = Admissions(
-            source,
             config.admission,
             metrics=metrics.admission,
             now=clock.monotonic,

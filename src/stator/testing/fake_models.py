@@ -1,7 +1,7 @@
 """Models in this process: a `ModelSource` whose engines are scripts, for tests of what stands above the runtime."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -144,23 +144,32 @@ class FakeModels:
     def __init__(self, *, context_length: int = 65_536) -> None:
         self._context_length = context_length
         self._models: dict[str, ServedModel] = {}
+        self._alive: dict[str, list[int]] = {}
 
     def add(
-        self, name: str, engine: FakeEngine, *, model_type: str = "Chat | Completions", created: float = 1.7e9
+        self,
+        name: str,
+        engine: FakeEngine,
+        *,
+        model_type: str = "Chat | Completions",
+        created: float = 1.7e9,
+        instances: Sequence[int] = (1,),
     ) -> FakeEngine:
-        """Serve `engine` as `name`, with the byte tokenizer and the plain template."""
+        """Serve `engine` as `name` on `instances`, with the byte tokenizer and the plain template."""
         card = ModelCard(
             display_name=name, model_type=model_type, runtime_config=RuntimeConfig(context_length=self._context_length)
         )
         preprocessor = Preprocessor(card, ByteTokenizer(), PlainTemplate())
+        alive = self._alive[name] = list(instances)
         self._models[name] = ServedModel(
-            name=name, card=card, preprocessor=preprocessor, engine=engine, created=1.7e9, instances=lambda: [1]
+            name=name, card=card, preprocessor=preprocessor, engine=engine, created=1.7e9, instances=lambda: alive
         )
         return engine
 
     def remove(self, name: str) -> None:
         """The last worker left."""
         del self._models[name]
+        self._alive.pop(name).clear()
 
     def get(self, name: str) -> ServedModel | None:
         return self._models.get(name)

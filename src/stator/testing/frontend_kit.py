@@ -8,7 +8,7 @@ from typing import Any, Self
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, create_app
+from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, LoadControl, create_app
 from stator.frontend.state import STATE, FrontendState
 from stator.llm.served import ModelSource
 from stator.tasks import SystemClock
@@ -55,12 +55,12 @@ class RunningFrontend:
 
 
 @asynccontextmanager
-async def frontend(source: ModelSource, **settings: Any) -> AsyncGenerator[RunningFrontend]:
-    """Serve `source` on a free port of loopback; `settings` are fields of `FrontendConfig`."""
+async def frontend(source: ModelSource, *, load: LoadControl | None = None, **settings: Any) -> AsyncGenerator[RunningFrontend]:
+    """Serve `source` on a free port of loopback; `load` is behind `/busy_threshold`, `settings` are fields of `FrontendConfig`."""
     settings.setdefault("graceful_shutdown", 0.2)
     config = FrontendConfig(port=0, **settings)
     clock = SystemClock()
-    app = create_app(source, config=config, metrics=FrontendMetrics(MetricSet(), clock), clock=clock)
+    app = create_app(source, config=config, metrics=FrontendMetrics(MetricSet(), clock), clock=clock, load=load)
     async with FrontendServer(app, config=config) as server:
         yield RunningFrontend(server, app[STATE])
 
