@@ -37,7 +37,7 @@ async def run_frontend(*, host: str | None, port: int | None, policy: str | None
             page = MetricSet()
             page.on_exposition(lambda: runtime.metrics.exposition().decode())  # below its own part, as the reference has it
             metrics = FrontendMetrics(page, clock, prefix=config.metrics_prefix)
-            app = create_app(directory, config=config, metrics=metrics, clock=clock)
+            app = create_app(directory, config=config, metrics=metrics, clock=clock, load=directory.monitor)
             async with FrontendServer(app, config=config, sock=bind(config, shared=supervised)) as server:
                 if supervised:
                     tell(NewsKind.READY, server.url)
