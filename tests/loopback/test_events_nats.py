@@ -128,6 +128,19 @@ async def test_what_makes_no_sense_is_counted_and_dropped(server: NatsServer, st
         await client.close()
 
 
+async def test_who_has_subscribed_hears_what_is_published_then(server: NatsServer, store: MemoryStore) -> None:
+    client = await nats.connect(server.url)
+    try:
+        async with join(store, config(server)) as router:
+            for number in range(100):
+                async with await router.plane.subscribe(LOAD) as heard:
+                    event = Event(publisher_id=1, sequence=number, published_at=1, topic="kv_metrics", payload=b"at once")
+                    await client.publish(LOAD.subject, encode_envelope(event))
+                    assert await take(heard, 1) == [event]
+    finally:
+        await client.close()
+
+
 @pytest.mark.parametrize("namespace", ["with blank", "star*", "a..b", "a.>", ".a"])
 async def test_a_name_that_makes_no_subject(server: NatsServer, store: MemoryStore, namespace: str) -> None:
     channel = Channel(namespace=namespace, topic="kv_metrics")

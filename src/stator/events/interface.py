@@ -167,6 +167,8 @@ class EventPlane(Protocol):
     ) -> Subscription:
         """Listen from now on, to publishers as they come and go. `capacity`: messages that may wait (default: the setting).
 
+        Where there is no broker, connecting to a publisher takes a moment after this returns; what it says before is missed.
+
         `on_gap` is called in the reader's task, right before it is given the message after the gap. What it raises is logged.
         """
         ...

@@ -98,7 +98,7 @@ class NatsLink:
         if client is not None:
             try:
                 await self._subscribe(client, reader)
-                await client.flush(_seconds(self._config.ping_interval))
+                await _settle(client, self._config.ping_interval)
             except (NatsError, OSError, TimeoutError) as error:  # the next connection makes up for it
                 self._end(client, f"it did not take a subscription: {error!r}")
         return reader
@@ -155,7 +155,7 @@ class NatsLink:
             self._client = client  # who comes from now on subscribes by itself
             for reader in tuple(self._readers):
                 await self._subscribe(client, reader)
-            await client.flush(_seconds(timeout))
+            await _settle(client, timeout)
         except Exception as error:  # whatever is at that address may have answered anything
             self._reason = self._reason or str(error) or type(error).__name__
             return False
@@ -284,6 +284,12 @@ async def _close(client: Client) -> None:
         await client.close()
     except Exception as error:  # whatever it is, the client is not used again
         logger.debug("closing a NATS client: %r", error)
+
+
+async def _settle(client: Client, timeout: float) -> None:
+    """Wait until the server has taken what was sent. The library lets its question overtake what waits; a second one cannot."""
+    for _ in range(2):
+        await client.flush(_seconds(timeout))
 
 
 def _seconds(seconds: float) -> Any:
