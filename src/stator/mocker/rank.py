@@ -17,6 +17,8 @@ __all__ = ["Rank"]
 logger = logging.getLogger(__name__)
 
 _SECOND = 1_000_000_000
+_RESOLUTION = _SECOND // 1000
+"""of the event loop's timers"""
 _MOST_LAG = _SECOND // 10
 """how far passes may be behind and still be caught up with; beyond that, the time is lost as it would be to a real engine"""
 _MOST_STEPS = 32
@@ -96,6 +98,9 @@ class Rank:
         scheduler, now = self.scheduler, self._now()
         plan = scheduler.plan
         begun = now if plan is None else scheduler.begun
+        if plan is not None and begun + plan.duration > now:  # uvloop's timers may be half a millisecond early
+            self._come_back(max(begun + plan.duration - now, _RESOLUTION))
+            return
         for _ in range(_MOST_STEPS):  # token path: once per pass, or per run of passes
             if plan is not None:
                 if begun + plan.duration > now:
@@ -110,7 +115,10 @@ class Rank:
         self._tell_changes()
         self._publish()
         if plan is not None:
-            self._timer = self._loop.call_later(max(0, begun + plan.duration - now) / _SECOND, self._advance)
+            self._come_back(max(begun + plan.duration - now, 0))
+
+    def _come_back(self, delay: int) -> None:
+        self._timer = self._loop.call_later(delay / _SECOND, self._advance)
 
     def _finish(self, now: int) -> int:
         """The passes over at `now` end; when the next one begins."""

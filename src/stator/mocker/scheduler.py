@@ -213,7 +213,7 @@ class Scheduler:
             # As in the reference, only the prompt counts as found; what was generated before a preemption is computed again.
             cached = min(len(found) * limits.block_size, sequence.prompt_length)
             tokens = known - cached
-            if needed > pool.capacity or not (limits.chunked_prefill or tokens <= limits.max_num_batched_tokens):
+            if self._never_runs(sequence, tokens):
                 waiting.popleft()
                 self._reject(sequence, now)
                 continue
@@ -243,6 +243,12 @@ class Scheduler:
             sequence.admitted_at = now
             self.statistics.admitted += 1
             self.statistics.hits.add(asked=sequence.prompt_length, found=cached)
+
+    def _never_runs(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether prompt and answer need more blocks than there are, or the next `tokens` more than one pass has."""
+        limits = self.limits
+        most = -(-(sequence.prompt_length + sequence.max_tokens) // limits.block_size)
+        return most > self.pool.capacity or not (limits.chunked_prefill or tokens <= limits.max_num_batched_tokens)
 
     def _reject(self, sequence: Sequence, now: int) -> None:
         sequence.phase = Phase.REJECTED
