@@ -270,11 +270,29 @@ def test_slow_workers_have_a_queue_too() -> None:
     bench = Bench(2, seconds=4.0, timeout=10.0)
     bench.must()
     bench.must()
-    waits = 0
-    while isinstance(outcome := bench.ask(), list):
-        waits += 1
-    assert waits == 5, "2 s each, 10 s are allowed"
-    assert (outcome.reason, outcome.wait) == ("timeout", 12.0)
+    for _ in range(4):
+        bench.must()
+    refusal = bench.refused()
+    assert (refusal.reason, refusal.wait) == ("wait", 10.0)
+
+
+def test_nobody_waits_for_what_cannot_come_in_time() -> None:
+    bench = Bench(2, seconds=12.0, timeout=10.0)
+    bench.must()
+    bench.must()
+    bench.must()
+    refusal = bench.refused()
+    assert (refusal.reason, refusal.wait) == ("timeout", 12.0)
+
+
+def test_where_all_are_busy_with_others_a_few_wait_for_news() -> None:
+    bench = Bench(0)
+    for _ in range(4):
+        bench.must()
+    assert bench.refused().reason == "wait"
+    bench.places = 3
+    bench.tick(0.1)
+    assert len(bench.running) == 3
 
 
 def test_who_waited_too_long_is_told() -> None:

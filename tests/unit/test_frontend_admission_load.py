@@ -42,7 +42,8 @@ class Simulation:
 
     def forget(self) -> None:
         """Measure from now on."""
-        self._since = self.now
+        self._since = self._worked_until = self.now
+        self._worked = 0.0
         self.first_tokens: dict[str, list[float]] = {}
         self.offered = Counter[str]()
         self.done = Counter[str]()
@@ -51,8 +52,13 @@ class Simulation:
         """refusals that did not come at once"""
 
     def throughput(self) -> float:
-        """Calls ended per second, as part of the capacity."""
-        return sum(self.done.values()) / (self.now - self._since) / self.capacity
+        """Work done, as part of what the workers had at the start could do."""
+        self._work()
+        return self._worked / (self.now - self._since) / (self.capacity * self._seconds)
+
+    def _work(self) -> None:
+        self._worked += sum(self._loads) * (self.now - self._worked_until)
+        self._worked_until = self.now
 
     def p99(self, tenant: str = "") -> float:
         """Seconds from arrival to the first token."""
@@ -68,6 +74,7 @@ class Simulation:
             self._arrive_later(tenant, load * self.capacity, end)
         while self._events and self._events[0][0] <= end:
             self.now, _, act = heapq.heappop(self._events)
+            self._work()
             act()
         self.now = end
 

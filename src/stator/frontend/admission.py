@@ -32,7 +32,9 @@ __all__ = ["AdmissionQueue"]
 
 _WAITING, _GRANTED, _ROUTED, _OVER = PermitState  # class attributes of an enum are slow to come by
 _SLACK = 16
-"""calls that run and may wait, together, whatever the target: a place must not stay empty for want of a request"""
+"""calls that run, times calls that may wait whatever the target: a place must not stay empty for want of a request"""
+_FEW = 4
+"""calls that may wait whatever the target, at most"""
 _STARTED_PATIENCE = 300.0
 """seconds that further calls of a request wait once one of its calls was taken: as long as a first item may take elsewhere"""
 _RETURNS = 3
@@ -167,7 +169,7 @@ class AdmissionQueue:
 
     def _few(self) -> int:
         """How many calls may wait whatever the target."""
-        return max(1, _SLACK // max(1, self.running))
+        return max(1, min(_FEW, _SLACK // max(1, self.running)))
 
     def _interval(self, now: float) -> float | None:
         return self.rate.interval(self.running, since=self._waiting_since if self._waiting else now, now=now)

@@ -78,7 +78,8 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
         Setting(doc="the same, once the queue has stood above this for queue_burst; 0: queues may stand", unit="s", ge=0),
     ] = 0.02
     queue_burst: Annotated[
-        float, Setting(doc="a queue that stands for longer and does not shrink is no burst any more; 0: it may stand", unit="s", ge=0)
+        float,
+        Setting(doc="a queue that stands for longer and does not shrink is no burst any more; 0: it may stand", unit="s", ge=0),
     ] = 0.1
     queue_timeout: Annotated[float, Setting(doc="longest wait in the queue, whatever was expected", unit="s", gt=0)] = 10.0
     queue_ageing: Annotated[
