@@ -16,7 +16,7 @@ from benchmarks.model_directory import MODEL_NAME, expected_text, write_model
 from benchmarks.report import Plan, Report, Row, Samples, Target
 from benchmarks.steps import STEP
 
-__all__ = ["answer"]
+__all__ = ["answer", "wait_until_listed"]
 
 _START_LIMIT = 60.0
 _LOAD_LIMIT = 120.0
@@ -229,23 +229,30 @@ def _serve(deployment: _Deployment, directory: Path, *, model: Path, step: float
     with ExitStack() as stack:
         frontend = stack.enter_context(child("frontend", deployment.frontend))
         worker = stack.enter_context(child("worker", deployment.worker))
-        _wait_until_listed(port, (frontend, worker))
+        wait_until_listed(port, (frontend, worker), MODEL_NAME)
         yield _Serving(port=port, frontend=frontend, worker=worker)
 
 
-def _wait_until_listed(port: int, children: tuple[Child, ...]) -> None:
+def wait_until_listed(port: int, children: tuple[Child, ...], model: str, *, instances: int = 0) -> None:
+    """Wait until the frontend lists the model, and so many instances of it. Raises `ChildFailed` when one of the children ends."""
     until = time.monotonic() + _START_LIMIT
     while time.monotonic() < until:
         for child in children:
             child.check_alive()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
-            connection.request("GET", "/v1/models")
-            if f'"{MODEL_NAME}"'.encode() in connection.getresponse().read():
+            listed = f'"{model}"'.encode() in _get(port, "/v1/models")
+            if listed and (not instances or _get(port, "/health").count(b'"instance_id"') >= instances):
                 return
         except (OSError, http.client.HTTPException):
             pass
-        finally:
-            connection.close()
         time.sleep(0.1)
     raise ChildFailed(f"the frontend did not list the model within {_START_LIMIT:g} s")
+
+
+def _get(port: int, path: str) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()

@@ -71,6 +71,16 @@ def test_http_serving_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.load
+@pytest.mark.timeout(100)
+def test_overload_is_measured(tmp_path: Path) -> None:
+    run = run_benchmarks(tmp_path, "--only", "overload", *contender_options("load-0.8", "load-2"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = {row["name"]: row["contenders"] for row in json.loads((tmp_path / "overload.json").read_bytes())["rows"]}
+    assert rows["rate"]["load-2"]["median"] > 0.7 * rows["rate"]["load-0.8"]["median"] > 0
+    assert rows["refusal"]["load-2"]["median"] > 0
+
+
+@pytest.mark.load
 @pytest.mark.timeout(60)
 def test_every_step_of_the_token_path_gives_the_right_result() -> None:
     report = token_path.answer(Plan(repeats=1, quick=True))
