@@ -9,7 +9,7 @@ class TestMockerEngine(EngineSuite):
     """The defaults, a little faster."""
 
     def make(self) -> LLMEngine:
-        return MockerEngine(MockerOptions(speedup_ratio=5, max_num_seqs=64))
+        return MockerEngine(MockerOptions(speedup_ratio=20, max_num_seqs=64))
 
 
 class TestFastMockerEngine(EngineSuite):

@@ -448,6 +448,22 @@ def test_the_engine_may_die() -> None:
             assert "fail_after" in str(each.error)
 
 
+def test_a_pass_that_fails_is_the_end_of_the_engine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with house() as home:
+        failed = home.loop.spawn(home.engine.failed())
+        asked = home.ask(max_tokens=1000)
+        home.run(0.05)
+
+        def broken(passes: int) -> None:
+            raise ZeroDivisionError("no more")
+
+        monkeypatch.setattr(home.engine.ranks[0].scheduler, "finish", broken)
+        home.run(0.01)
+        assert failed.result() == "a pass of rank 0 failed: ZeroDivisionError: no more"
+        assert isinstance(asked.error, EngineError) and asked.error.kind == "EngineShutdown"
+        assert "a pass of rank 0 failed" in caplog.text
+
+
 def test_cleanup_ends_what_runs() -> None:
     with house() as home:
         asked, unread = home.ask(max_tokens=1000), home.engine.generate(PreprocessedRequest(token_ids=[1]), Context("unread"))

@@ -1,7 +1,9 @@
 """Many simulated workers in virtual time."""
 
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +144,16 @@ def test_workers_that_do_not_exist_are_refused() -> None:
     nowhere: Route = lambda arrival, hashes, workers: 7  # noqa: E731
     with pytest.raises(UsageError, match="worker 7 of 2"):
         simulate([at(0)], options=OPTIONS, workers=2, route=nowhere)
+
+
+def test_the_example_of_the_page_works(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "mocker.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "requests=50_000" in code
+    exec(compile(code.replace("50_000", "200"), "docs/mocker.md", "exec"), {})
+    ttft, digest = capsys.readouterr().out.split()
+    assert 20 < float(ttft) < 100
+    assert len(digest) == 64
 
 
 def check_hour(done: Simulation, *, hours: float, requests: int, tokens: float) -> None:

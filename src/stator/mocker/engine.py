@@ -66,7 +66,7 @@ class MockerEngine(LLMEngine):
         card, timing = await asyncio.to_thread(lambda: (self._card(), options.timing()))
         self._vocabulary = self._tokens()
         ranks = range(options.data_parallel_size)
-        self._ranks = [Rank(rank, options.scheduler(timing, record=True), self._clock) for rank in ranks]
+        self._ranks = [Rank(rank, options.scheduler(timing, record=True), self._clock, broken=self._die) for rank in ranks]
         if options.fail_after is not None:
             reason = f"the simulated engine died {options.fail_after:g} s after its start, as fail_after says"
             self._death = asyncio.get_running_loop().call_later(options.fail_after, self._die, reason)
@@ -216,7 +216,8 @@ class MockerEngine(LLMEngine):
         return self._failure
 
     def _die(self, reason: str) -> None:
-        self._failure = reason
+        """The engine generates no more."""
+        self._failure = self._failure or reason
         self._failed.set()
         self._end(reason)
 

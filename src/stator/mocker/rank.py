@@ -31,8 +31,10 @@ class Rank:
     The event loop's timers must go by `clock`. Everything happens in the loop's thread.
     """
 
-    def __init__(self, dp_rank: int, scheduler: Scheduler, clock: Clock) -> None:
+    def __init__(self, dp_rank: int, scheduler: Scheduler, clock: Clock, *, broken: Callable[[str], None]) -> None:
+        """`broken` is told why there will be no more passes, should one fail."""
         self.dp_rank = dp_rank
+        self._broken = broken
         self.scheduler = scheduler
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -72,12 +74,12 @@ class Rank:
         self._answers.discard(answer)
         self.scheduler.withdraw(answer, self._now())
 
-    async def more(self, answer: Answer) -> None:
-        """Wait until there may be more to read than before, or something else has changed. Cancelling it loses nothing."""
+    def more(self, answer: Answer) -> asyncio.Future[None]:
+        """Done once there may be more to read than now, or something else has changed. Cancelling it loses nothing."""
         answer.waiter = waiter = self._loop.create_future()
         if answer.phase is Phase.DECODING:
             self._listening.append(answer)
-        await waiter
+        return waiter
 
     def close(self, make_error: Callable[[], Exception]) -> None:
         """No more passes; every reader gets an error. Idempotent."""
@@ -93,9 +95,17 @@ class Rank:
         return int(self._clock.monotonic() * _SECOND)
 
     def _advance(self) -> None:
-        """End the passes that are over, plan the next one, and come back at its end."""
+        """A timer is over, or a request has come to an idle rank."""
         self._timer = None
-        scheduler, now = self.scheduler, self._now()
+        try:
+            self._step(self._now())
+        except Exception as error:
+            logger.exception("a pass of rank %d failed", self.dp_rank)
+            self._broken(f"a pass of rank {self.dp_rank} failed: {type(error).__name__}: {error}")
+
+    def _step(self, now: int) -> None:
+        """End the passes that are over, plan the next one, and come back at its end."""
+        scheduler = self.scheduler
         plan = scheduler.plan
         begun = now if plan is None else scheduler.begun
         if plan is not None and begun + plan.duration > now:  # uvloop's timers may be half a millisecond early
