@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-import os
-import signal
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -141,6 +139,18 @@ async def test_who_has_subscribed_hears_what_is_published_then(server: NatsServe
         await client.close()
 
 
+async def test_a_subscription_given_up_while_it_was_made_leaves_nothing(tmp_path: Path, store: MemoryStore) -> None:
+    with nats_server(tmp_path) as server:
+        async with join(store, config(server)) as router, join(store, config(server)) as worker:
+            publisher, heard = await worker.plane.publisher(LOAD), await router.plane.subscribe(LOAD)
+            await link(publisher, heard)
+            with server.standing_still(), pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await router.plane.subscribe(BLOCKS)
+            assert isinstance(router.plane, NatsEvents)
+            assert router.plane.subjects == [LOAD.subject]
+
+
 @pytest.mark.parametrize("namespace", ["with blank", "star*", "a..b", "a.>", ".a"])
 async def test_a_name_that_makes_no_subject(server: NatsServer, store: MemoryStore, namespace: str) -> None:
     channel = Channel(namespace=namespace, topic="kv_metrics")
@@ -269,8 +279,7 @@ async def test_a_server_that_stands_still_is_given_up(tmp_path: Path, store: Mem
         async with join(store, own) as worker:
             publisher, heard = await worker.plane.publisher(LOAD), await worker.plane.subscribe(LOAD)
             await link(publisher, heard)
-            os.kill(server.pid, signal.SIGSTOP)
-            try:
+            with server.standing_still():
                 body = bytes(1_000_000)
                 for _ in range(100):  # more than the kernel holds, and than the library does before it waits
                     publisher.publish(body)
@@ -278,8 +287,6 @@ async def test_a_server_that_stands_still_is_given_up(tmp_path: Path, store: Mem
                 await eventually(lambda: publisher.statistics().dropped > 0, "the queue is full")
                 async with asyncio.timeout(10):
                     await heard.aclose()
-            finally:
-                os.kill(server.pid, signal.SIGCONT)
             heard = await worker.plane.subscribe(LOAD)
             await link(publisher, heard)
 
@@ -289,15 +296,12 @@ async def test_closing_before_a_server_that_stands_still(tmp_path: Path, store: 
         async with join(store, config(server)) as worker:
             publisher, heard = await worker.plane.publisher(LOAD), await worker.plane.subscribe(LOAD)
             await link(publisher, heard)
-            os.kill(server.pid, signal.SIGSTOP)
-            try:
+            with server.standing_still():
                 for _ in range(60):
                     publisher.publish(bytes(1_000_000))
                 await asyncio.sleep(0.1)
                 async with asyncio.timeout(10):
                     await worker.plane.aclose()
-            finally:
-                os.kill(server.pid, signal.SIGCONT)
 
 
 async def test_what_is_published_last_leaves_before_the_end(server: NatsServer, store: MemoryStore) -> None:

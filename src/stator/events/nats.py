@@ -63,6 +63,11 @@ class NatsEvents(ChannelPlane):
             raise
         return subscription
 
+    @property
+    def subjects(self) -> list[str]:
+        """What is listened to."""
+        return [] if self._link is None else self._link.subjects
+
     async def _ready(self) -> "NatsLink":
         if self._link is None:
             make = await asyncio.to_thread(_load)

@@ -101,7 +101,15 @@ class NatsLink:
                 await _settle(client, self._config.ping_interval)
             except (NatsError, OSError, TimeoutError) as error:  # the next connection makes up for it
                 self._end(client, f"it did not take a subscription: {error!r}")
+            except BaseException:
+                await self.leave(reader)
+                raise
         return reader
+
+    @property
+    def subjects(self) -> list[str]:
+        """What is listened to."""
+        return sorted(reader.subject for reader in self._readers)
 
     async def leave(self, reader: _Reader) -> None:
         """Give it nothing more."""

