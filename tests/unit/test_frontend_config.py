@@ -6,6 +6,7 @@ import pytest
 
 from stator.config import fields_of
 from stator.errors import ConfigError
+from stator.frontend.admission_limits import AdmissionLimits
 from stator.frontend.config import FrontendConfig, is_loopback
 
 
@@ -56,3 +57,14 @@ def test_names_of_the_reference() -> None:
     assert limit.setting.dyn_read is not None
     assert limit.setting.dyn_read("7") == 7 * 2**20
     assert {field.variable for field in fields_of(FrontendConfig)} >= {"STATOR_HTTP_PORT", "STATOR_HTTP_BODY_LIMIT"}
+
+
+def test_the_queue_is_on_by_default_and_each_setting_reaches_it() -> None:
+    limits = FrontendConfig().admission
+    assert limits == AdmissionLimits()
+    changed = FrontendConfig(
+        queue=1, queue_wait=2, queue_target=3, queue_burst=4, queue_timeout=5, queue_ageing=6, queue_tenants=7
+    ).admission
+    assert changed == AdmissionLimits(depth=1, wait=2, target=3, burst=4, timeout=5, ageing=6, tenants=7)
+    with pytest.raises(ConfigError, match="queue_timeout"):
+        FrontendConfig(queue_timeout=0)
