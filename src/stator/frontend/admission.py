@@ -18,8 +18,7 @@ is the idea of CoDel (RFC 8289), at the door instead of at the exit, so that ref
 share are held to `queue_wait` only, since it is not they who overload; and a few calls may always wait, lest places stay empty.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 from stator.frontend.admission_limits import AdmissionLimits
 from stator.frontend.fair_line import FairLine
@@ -146,9 +145,7 @@ class AdmissionQueue:
             reason = self._too_long(own, tenant, position, wait, interval, now)
         return reason and Refusal(reason=reason, wait=wait, waiting=line.waiting, held=held)
 
-    def _too_long(
-        self, own: _Class, tenant: str, position: int, wait: float, interval: float, now: float
-    ) -> Literal["wait", "overload"] | None:
+    def _too_long(self, own: _Class, tenant: str, position: int, wait: float, interval: float, now: float) -> Reason | None:
         """Whether `wait` is too long as things stand."""
         limits, line, overload = self.limits, own.line, own.overload
         few = max(self._few(), int(limits.target / interval) if interval else limits.depth)
@@ -294,7 +291,7 @@ class AdmissionQueue:
         patience = _STARTED_PATIENCE if permit.group.taken else self.limits.timeout
         return now - permit.group.since >= patience
 
-    def _give_up(self, permits: Iterator[Permit] | Sequence[Permit]) -> list[Permit]:
+    def _give_up(self, permits: Iterable[Permit]) -> list[Permit]:
         given_up = list(permits)
         for permit in given_up:
             self.end(permit, permit.group.since)
