@@ -39,6 +39,7 @@ from dynamo.runtime import DistributedRuntime
 async def generate(request, context):
     held = len(request["token_ids"]) > 40
     for number in range(1 if held else 3):
+        await asyncio.sleep(0.01)  # tokens that arrive together have no time between them
         yield {"token_ids": [int(sys.argv[2])], "finish_reason": "length" if number == 2 else None}
     while held and not context.is_stopped():
         await asyncio.sleep(0.02)
