@@ -542,9 +542,9 @@ async def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 async def test_an_id_is_fetched_and_keeps_its_name(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stator.engines import loading
+    from stator.engines import model_source
 
-    monkeypatch.setattr(loading, "snapshot_download", lambda source, allow_patterns: str(model_directory))
+    monkeypatch.setattr(model_source, "snapshot_download", lambda source, allow_patterns: str(model_directory))
     engine = TransformersEngine(TransformersOptions(model="someone/tiny", threads=1))
     config = await engine.start(INSTANCE)
     await engine.cleanup()
@@ -552,12 +552,12 @@ async def test_an_id_is_fetched_and_keeps_its_name(model_directory: Path, monkey
 
 
 async def test_an_id_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stator.engines import loading
+    from stator.engines import model_source
 
     def fail(source: str, allow_patterns: list[str]) -> str:
         raise ConnectionError("no route to the hub\nand more")
 
-    monkeypatch.setattr(loading, "snapshot_download", fail)
+    monkeypatch.setattr(model_source, "snapshot_download", fail)
     engine = TransformersEngine(TransformersOptions(model="someone/tiny", threads=1))
     with pytest.raises(ConfigError, match=r"'someone/tiny' is no directory.*no route to the hub$"):
         await engine.start(INSTANCE)

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import zmq
 
+from stator.engines.loopback_ports import free_ports
 from stator.errors import ConfigError
 from stator.kv.engine_events import EngineStatistics
 from stator.kv.engine_socket import follow_engine_socket
@@ -146,6 +147,25 @@ async def test_the_loop_gets_its_turns_under_a_flood(engine: Engine) -> None:
                 await asyncio.sleep(0)
                 seen.append(len(told))
         assert max(after - before for before, after in itertools.pairwise(seen)) < 50
+
+
+async def test_an_engine_may_connect_to_us() -> None:
+    """Where it would otherwise bind all interfaces."""
+    base = free_ports(1)
+    context = zmq.Context()
+    socket = context.socket(zmq.PUB)
+    socket.connect(f"tcp://127.0.0.1:{base}")
+    sink, source = ListSink(), ZmqSource(endpoint=f"tcp://127.0.0.1:{base}", bind=True)
+    async with Scope("follower") as scope:
+        scope.spawn(follow_engine_socket(source, sink))
+        async with asyncio.timeout(10):
+            while not sink.told:
+                socket.send_multipart([b"", bytes(8), msgspec.msgpack.encode([1.0, [["AllBlocksCleared"]], 0])])
+                await asyncio.sleep(0.02)
+        assert sink.told[0] == (0, "cleared")
+        with pytest.raises(ConfigError, match=f"'tcp://127.0.0.1:{base}' cannot be used"):
+            await follow_engine_socket(source, ListSink())
+    context.destroy(linger=0)
 
 
 async def test_an_endpoint_that_is_none_is_named() -> None:

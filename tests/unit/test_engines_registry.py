@@ -25,7 +25,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
 
 
 def test_the_built_in_engines_are_found_like_plug_ins() -> None:
-    assert {"echo", "transformers"} <= set(known_engines())
+    assert {"echo", "transformers", "vllm", "sglang"} <= set(known_engines())
     assert load_engine("echo") is EchoEngine
     assert load_engine("transformers") is TransformersEngine
 
@@ -122,8 +122,9 @@ async def test_a_missing_extra_is_one_line_that_says_what_to_install(monkeypatch
 def test_naming_an_engine_imports_no_torch() -> None:
     """It takes seconds, and it may not be there."""
     code = (
-        "import sys; from stator.engines import create_engine; create_engine('transformers', {'model': 'm'}); "
-        "print(sorted({'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules)))"
+        "import sys; from stator.engines import create_engine; "
+        "[create_engine(name, {'model': 'm'}) for name in ('transformers', 'vllm', 'sglang')]; "
+        "print(sorted({'torch', 'transformers', 'tokenizers', 'numpy', 'vllm', 'sglang', 'huggingface_hub'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
     assert result.stdout.strip() == "[]"

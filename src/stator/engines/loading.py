@@ -5,16 +5,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from stator.engines.causal_lm import CausalLM
+from stator.engines.model_source import TEXT_FILES, local_directory
 from stator.engines.sequence import Sampling
 from stator.engines.step_thread import TokenModel
 from stator.engines.translate import ModelLimits
@@ -23,7 +22,7 @@ from stator.llm.card import ModelCard, card_from_directory
 
 __all__ = ["LoadedModel", "load"]
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_FILES = (*TEXT_FILES, "*.safetensors")
 _UNLIMITED_CONTEXT = 32_768
 """tokens, for models that name no limit"""
 
@@ -56,7 +55,7 @@ def load(
         torch.set_num_threads(threads)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
-    directory = _directory(source, report)
+    directory = local_directory(source, files=_FILES, report=report)
     card = card_from_directory(directory, name=source)
     report(f"loading {source}")
     try:
@@ -95,17 +94,6 @@ def _dtype(name: str, device: torch.device) -> Any:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype {name!r} is no floating point type of torch; try float32, bfloat16 or float16")
     return dtype
-
-
-def _directory(source: str, report: Callable[[str], None]) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    report(f"fetching {source}")
-    try:
-        return Path(snapshot_download(source, allow_patterns=_FILES))
-    except Exception as error:  # the hub's client, its HTTP library and the operating system each have errors of their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{source!r} is no directory, and no model of that id could be fetched: {reason}") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import msgspec
 
 from stator.config import Config, Setting
+from stator.engines.arguments import missing_extra
 from stator.engines.block_ledger import BlockLedger
 from stator.engines.sequence import Finish, Sequence, TokenChoice
 from stator.engines.step_thread import StepResult, StepThread
@@ -260,7 +261,7 @@ def _load(options: TransformersOptions, report: Callable[[str], None]) -> "Loade
     try:
         from stator.engines.loading import load
     except ModuleNotFoundError as error:
-        raise ConfigError(f'the transformers engine needs {error.name}: pip install "stator[transformers]"') from error
+        raise missing_extra("transformers", error) from error
     return load(
         options.model,
         device=options.device,

@@ -23,13 +23,13 @@ async def follow_engine_socket(source: ZmqSource, sink: RankedSink, *, statistic
 
     ZMQ connects by itself, now and whenever the engine comes back, so an engine that is not there yet is no error. Batches that are
     missing are counted; a sequence that goes back means an engine that began anew, whose cache is empty. Raises `ConfigError` for
-    an endpoint that ZMQ does not understand.
+    an endpoint that ZMQ does not understand, or cannot bind.
     """
     counts = statistics if statistics is not None else EngineStatistics()
     events = EngineEvents(sink, dp_rank=source.dp_rank, statistics=counts)
     context = zmq.asyncio.Context()
     try:
-        socket = _connected(context, source)
+        socket = _opened(context, source)
         expected: int | None = None
         while True:
             frames = await socket.recv_multipart()
@@ -49,14 +49,14 @@ async def follow_engine_socket(source: ZmqSource, sink: RankedSink, *, statistic
         context.destroy(linger=0)
 
 
-def _connected(context: zmq.asyncio.Context, source: ZmqSource) -> zmq.asyncio.Socket:
+def _opened(context: zmq.asyncio.Context, source: ZmqSource) -> zmq.asyncio.Socket:
     socket = context.socket(zmq.SUB)
     socket.set_hwm(_MOST_WAITING)
     socket.maxmsgsize = _LARGEST
     socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS
     socket.subscribe(source.topic)
     try:
-        socket.connect(source.endpoint)
+        (socket.bind if source.bind else socket.connect)(source.endpoint)
     except zmq.ZMQError as error:
         raise ConfigError(f"the KV events' endpoint {source.endpoint!r} cannot be used: {error}") from error
     return socket

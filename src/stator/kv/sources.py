@@ -49,6 +49,8 @@ class ZmqSource(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     topic: str = ""
     dp_rank: int = 0
+    bind: bool = False
+    """whether the engine connects to us and not we to it: those engines bind all interfaces of a machine, or none"""
 
 
 KvEventSource = PushSource | ZmqSource

@@ -1,0 +1,32 @@
+"""What of a request concerns every foreign engine alike."""
+
+from stator.errors import EngineError
+from stator.llm.request import PreprocessedRequest
+
+__all__ = ["ending_ids", "refuse_unsupported"]
+
+
+def refuse_unsupported(request: PreprocessedRequest) -> None:
+    """Raises `EngineError` of kind `InvalidArgument` naming what the adapters do not pass on."""
+    sampling = request.sampling_options
+    asked = {
+        "beam search": sampling.use_beam_search,
+        "best_of": (sampling.best_of or 1) > 1,
+        "more than one choice per call": (sampling.n or 1) > 1,
+        "prompt log probabilities": request.output_options.prompt_logprobs is not None,
+        "prompt embeddings": request.prompt_embeds,
+        "multimodal input": request.multi_modal_data,
+        "LoRA adapters": request.routing and request.routing.lora_name,
+    }
+    if refused := [name for name, wanted in asked.items() if wanted]:
+        raise EngineError(f"this engine does not support {', '.join(refused)}", kind="InvalidArgument")
+
+
+def ending_ids(request: PreprocessedRequest) -> tuple[frozenset[int], frozenset[int]]:
+    """Tokens that end the answer as `eos`, and those that end it as `stop`."""
+    stop = request.stop_conditions
+    eos, hidden = frozenset(request.eos_token_ids), frozenset(stop.stop_token_ids_hidden or ())
+    return (
+        hidden - eos if stop.ignore_eos else hidden | eos,
+        frozenset(stop.stop_token_ids or ()) | frozenset(stop.stop_token_ids_visible or ()),
+    )

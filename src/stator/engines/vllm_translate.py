@@ -1,0 +1,175 @@
+"""Between our requests and items and those of vLLM. Nothing here imports it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from stator.engines.foreign_request import ending_ids
+from stator.llm.output import CompletionUsage, EngineOutput, FinishError, TopLogprob
+from stator.llm.request import GuidedDecoding, PreprocessedRequest
+
+__all__ = [
+    "AnswerReader",
+    "CompletionLike",
+    "LogprobLike",
+    "RequestOutputLike",
+    "guided_fields",
+    "sampling_fields",
+]
+
+
+class LogprobLike(Protocol):
+    """`vllm.logprobs.Logprob`"""
+
+    @property
+    def logprob(self) -> float: ...
+
+    @property
+    def rank(self) -> int | None: ...
+
+
+class CompletionLike(Protocol):
+    """`vllm.outputs.CompletionOutput`, of one step"""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def logprobs(self) -> Sequence[Mapping[int, LogprobLike] | None] | None: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+    @property
+    def stop_reason(self) -> int | str | None: ...
+
+
+class RequestOutputLike(Protocol):
+    """`vllm.outputs.RequestOutput`"""
+
+    @property
+    def outputs(self) -> Sequence[CompletionLike]: ...
+
+    @property
+    def num_cached_tokens(self) -> int | None: ...
+
+
+def sampling_fields(request: PreprocessedRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `SamplingParams`, but the guided decoding. What the request leaves open is as in `defaults`, the model's own
+    generation config, or vLLM's own default. Without `max_tokens` the answer may fill the context.
+    """
+    sampling, stop = request.sampling_options, request.stop_conditions
+    eos, stops = ending_ids(request)
+    asked = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "min_tokens": stop.min_tokens,
+        "logprobs": request.output_options.logprobs,
+        "thinking_token_budget": stop.max_thinking_tokens,
+    }
+    fields = {name: value for name, value in defaults.items() if name in asked}
+    fields |= {name: value for name, value in asked.items() if value is not None}
+    fields["max_tokens"] = stop.max_tokens
+    if ids := sorted(eos | stops):
+        fields["stop_token_ids"] = ids
+    if stop.ignore_eos:
+        fields["ignore_eos"] = True
+    return fields
+
+
+def guided_fields(guided: GuidedDecoding) -> dict[str, Any]:
+    """Arguments of `StructuredOutputsParams`. The backend is the engine's choice."""
+    tag = guided.structural_tag
+    asked = {
+        "json": guided.json,
+        "regex": guided.regex,
+        "choice": guided.choice,
+        "grammar": guided.grammar,
+        "whitespace_pattern": guided.whitespace_pattern,
+        "structural_tag": tag if tag is None or isinstance(tag, str) else msgspec.json.encode(tag).decode(),
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+class AnswerReader:
+    """Reads the steps of one answer (`RequestOutputKind.DELTA`)."""
+
+    def __init__(self, request: PreprocessedRequest) -> None:
+        self._prompt = len(request.token_ids)
+        self._logprobs = request.output_options.logprobs
+        self._eos, _ = ending_ids(request)
+        self._count = 0
+        self._cached: int | None = None
+
+    def read(self, step: RequestOutputLike) -> EngineOutput:
+        """The item for a step. Token path."""
+        completion = step.outputs[0]
+        token_ids = list(completion.token_ids)
+        self._count += len(token_ids)
+        if step.num_cached_tokens is not None:
+            self._cached = step.num_cached_tokens
+        if completion.finish_reason is None and self._logprobs is None:
+            return EngineOutput(token_ids=token_ids)
+        log_probs, top = self._explained(token_ids, completion.logprobs)
+        reason: str | FinishError | None = completion.finish_reason
+        stop_reason = completion.stop_reason
+        usage = None
+        if reason is not None:
+            reason, stop_reason = self._end(reason, stop_reason)
+            usage = self._usage()
+        return EngineOutput(
+            token_ids=token_ids,
+            log_probs=log_probs,
+            top_logprobs=top,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            completion_usage=usage,
+        )
+
+    def _end(self, reason: str, stop_reason: int | str | None) -> tuple[str | FinishError, int | str | None]:
+        """vLLM says `stop` of an end-of-sequence token too, with no reason if it is the tokenizer's own."""
+        match reason:
+            case "stop" | "repetition":
+                return ("eos", None) if stop_reason is None or stop_reason in self._eos else ("stop", stop_reason)
+            case "length":
+                return "length", None
+            case "abort":
+                return "cancelled", None
+            case _:
+                return FinishError(f"vLLM ended the answer: {reason}"), None
+
+    def _explained(
+        self, token_ids: list[int], logprobs: Sequence[Mapping[int, LogprobLike] | None] | None
+    ) -> tuple[list[float | None] | None, list[list[TopLogprob]] | None]:
+        if self._logprobs is None or logprobs is None:
+            return None, None
+        chosen: list[float | None] = []
+        top: list[list[TopLogprob]] = []
+        for token, position in zip(token_ids, logprobs, strict=False):
+            known = position or {}
+            chosen.append(known[token].logprob if token in known else None)
+            ranked = sorted((one.rank or 0, other, one.logprob) for other, one in known.items())
+            top.append(
+                [
+                    TopLogprob(rank=rank, token_id=other, logprob=value)
+                    for rank, other, value in ranked
+                    if 0 < rank <= self._logprobs
+                ]
+            )
+        return chosen, top
+
+    def _usage(self) -> CompletionUsage:
+        details: dict[str, int | None] | None = None if self._cached is None else {"cached_tokens": self._cached}
+        return CompletionUsage(
+            prompt_tokens=self._prompt,
+            completion_tokens=self._count,
+            total_tokens=self._prompt + self._count,
+            prompt_tokens_details=details,
+        )
