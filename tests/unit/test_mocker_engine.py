@@ -186,6 +186,37 @@ def test_a_process_that_was_stopped_does_not_catch_up() -> None:
         assert len(asked.tokens) - before < 5, "862 passes would have been over"
 
 
+def test_a_request_is_in_the_first_pass_after_it_came_however_late_timers_are() -> None:
+    with house() as home:
+        scheduler = home.engine.ranks[0].scheduler
+        begin = scheduler._begin  # pyright: ignore[reportPrivateUsage]  # where requests get their slots
+        waits: list[int] = []
+
+        def watched(sequence: Any, cached: int, now: int) -> None:
+            waits.append(now - sequence.submitted_at)
+            begin(sequence, cached, now)
+
+        scheduler._begin = watched  # pyright: ignore[reportPrivateUsage]
+        asked = [home.ask([1] * 64, 500)]
+        home.run(0.1)
+        for number in range(8):
+            home.ahead += 0.0511  # eight passes are over, and no timer has said so
+            asked.append(home.ask([2 + number] * 10, 2))
+            home.ahead += 0.0511
+            home.run(0.1)
+        home.finish(*asked)
+    assert len(waits) == 9
+    assert all(0 <= wait < 6_000_000 for wait in waits), "no longer than a pass"
+
+
+def test_a_timer_that_is_early_is_set_again() -> None:
+    with house() as home:
+        asked = home.ask(max_tokens=3)
+        home.ahead -= 0.0004
+        home.run(0.1)
+    assert asked.times[0] == pytest.approx(0.0383 + 0.001, abs=3 * STEP)
+
+
 def test_requests_of_one_turn_share_the_first_pass() -> None:
     with house() as home:
         first, second = (home.ask(list(range(at, at + 100)), 1, settle=False) for at in (0, 200))
@@ -269,6 +300,19 @@ def test_a_stop_in_the_middle_of_a_prompt() -> None:
         assert asked.last.finish_reason == "cancelled"
 
 
+def test_a_stop_frees_them_even_if_nobody_reads() -> None:
+    with house() as home:
+        context = Context("unread")
+        request = PreprocessedRequest(token_ids=PROMPT, stop_conditions=StopConditions(max_tokens=1000))
+        stream = aiter(home.engine.generate(request, context))
+        assert home.loop.finish(anext(stream)).finish_reason is None  # pyright: ignore[reportArgumentType]
+        assert home.used > 0
+        context.stop()
+        home.loop.finish(home.engine.abort(context))
+        assert home.used == 0
+        assert home.loop.finish(anext(stream)).finish_reason == "cancelled"  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("after", [0.0, 0.01, 0.06, 0.3])
 def test_a_kill_frees_slot_and_blocks_at_once(after: float) -> None:
     with house() as home:
@@ -318,8 +362,8 @@ def test_ranks_take_requests_in_turn_or_as_asked() -> None:
     with house(data_parallel_size=3) as home:
         chosen = [home.ask([each] * 100, 200) for each in range(4)]
         assert [rank.load for rank in home.engine.ranks] == [2, 1, 1]
-        chosen.append(home.ask([9] * 100, 200, routing={"dp_rank": 2}))
-        assert [rank.load for rank in home.engine.ranks] == [2, 1, 2]
+        chosen.append(home.ask([9] * 100, 200, routing={"dp_rank": 1}))
+        assert [rank.load for rank in home.engine.ranks] == [2, 2, 1]
         chosen.append(home.ask([10] * 100, 200))
         assert [rank.load for rank in home.engine.ranks] == [2, 2, 2], "to the one with the fewest"
         home.finish(*chosen)

@@ -105,6 +105,11 @@ def test_a_session_goes_on_after_the_answer() -> None:
     assert third.arrived_at == second.ended_at
 
 
+def test_a_session_that_goes_on_at_once_is_in_the_next_pass() -> None:
+    done = alone(at(0, 64, 300), at(0, 64, 5, session="a"), at(0, 64, 5, session="a"))
+    assert done.requests[2].admitted_at == done.requests[2].arrived_at == done.requests[1].ended_at
+
+
 def test_rejected_requests_are_told_apart() -> None:
     done = alone(at(0, 1000, 10), at(0, 100, 10), options=MockerOptions(num_gpu_blocks=10))
     assert [request.rejected for request in done.requests] == [True, False]
@@ -130,6 +135,12 @@ def test_the_report_has_the_reference_s_figures() -> None:
         assert ordered == sorted(ordered)
         assert ordered[0] <= report[f"mean_{name}_ms"] <= ordered[-1]
     assert report["output_throughput_tok_s"] == pytest.approx(report["total_output_tokens"] / report["duration_ms"] * 1000)
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    done = alone(at(0, 100, 2), at(1, 1000, 2))
+    report = done.report()
+    assert report["median_ttft_ms"] == report["max_ttft_ms"] == done.requests[1].ttft / MS, "of two the larger"
 
 
 @pytest.mark.parametrize("wrong", [at(-1), at(0, 0), at(0, 1, 0), at(0, session="a", delay=-1)])

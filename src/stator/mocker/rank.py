@@ -63,8 +63,12 @@ class Rank:
 
     def submit(self, answer: Answer) -> None:
         """Queue a request. Requests of one turn of the loop share the first pass of a rank that was idle."""
+        now, plan = self._now(), self.scheduler.plan
+        if self._timer is not None and plan is not None and self.scheduler.begun + plan.duration <= now:
+            self._timer.cancel()  # it is late: what is over by now is over without the newcomer
+            self._advance()
         self._answers.add(answer)
-        self.scheduler.submit(answer, self._now())
+        self.scheduler.submit(answer, now)
         self._arrived = True
         if self._timer is None:
             self._timer = self._loop.call_soon(self._advance)

@@ -153,7 +153,7 @@ class Scheduler:
         if not self._running:
             self._plan = None
             return None
-        self._plan = plan = self._planned(alone=not undisturbed)
+        self._plan = plan = self._planned()
         return plan
 
     def finish(self, passes: int = 1) -> Progress:
@@ -171,8 +171,8 @@ class Scheduler:
             self._count(self._decoding * (passes - 1), plan.duration)
         return self._emit(end, plan.duration)
 
-    def _planned(self, *, alone: bool) -> Pass:
-        """How long this pass takes, and how many like it follow; none if it is known to be `alone`."""
+    def _planned(self) -> Pass:
+        """How long this pass takes, and how many like it follow."""
         duration = 0
         if self._prefills:
             tokens = _new_tokens(self._prefills)
@@ -185,7 +185,7 @@ class Scheduler:
             for sequence in self._completing:
                 known += sequence.computed
             duration += self._timing.decode(self.pool.used, known // ready)
-        if alone or self._prefills or self._completing or self._partial is not None or not self._timing.steady:
+        if self._prefills or self._completing or self._partial is not None or not self._timing.steady:
             return Pass(duration, 1)
         return Pass(duration, self._next_due() - self._beat)
 
