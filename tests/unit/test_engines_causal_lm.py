@@ -95,7 +95,7 @@ def test_tokens_are_those_of_generate(family: str) -> None:
     assert [sequence.tokens for sequence in sequences] == expected
 
 
-@pytest.mark.parametrize("part", [1, 3, 8, 13])
+@pytest.mark.parametrize("part", [3, 13])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_in_parts_and_evicting_change_nothing(family: str, part: int) -> None:
     from stator.engines.causal_lm import CausalLM
