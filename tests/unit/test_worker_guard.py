@@ -257,3 +257,15 @@ async def test_an_error_of_one_request_is_no_end_of_the_engine() -> None:
         with pytest.raises(EngineError, match="bad luck"):
             await waiting(guard, Context("r"))
     assert heard == []
+
+
+async def test_a_stream_that_is_dropped_without_a_word_is_closed() -> None:
+    engine = Endless(item(1))
+    async with Scope("test") as scope:
+        guard = Guard(engine, scope)
+        stream = guard.generate(REQUEST, Context("dropped"))
+        assert (await anext(stream)).token_ids == [1]
+        del stream
+        async with asyncio.timeout(5):
+            while not engine.closed:
+                await asyncio.sleep(0)

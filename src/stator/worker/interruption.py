@@ -1,6 +1,7 @@
 """Ending, from outside, what a generator waits for; its reader pays nothing per item for that."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator
 from types import AsyncGeneratorType
 from typing import Any, cast
@@ -20,13 +21,13 @@ class Interruption:
     __slots__ = ("_generator", "_task", "happened")
 
     def __init__(self) -> None:
-        self._generator: AsyncGeneratorType[Any, Any] | None = None
+        self._generator: weakref.ref[AsyncGeneratorType[Any, Any]] | None = None  # weak: one that is dropped must be collected
         self._task: asyncio.Task[Any] | None = None
         self.happened = False
 
     def of(self, generator: AsyncGenerator[Any]) -> None:
         """Which generator may be interrupted."""
-        self._generator = cast(AsyncGeneratorType[Any, Any], generator)
+        self._generator = weakref.ref(cast(AsyncGeneratorType[Any, Any], generator))
 
     def begin(self) -> None:
         """In the generator's first step: it is read by the present task from now on."""
@@ -34,7 +35,8 @@ class Interruption:
 
     def interrupt(self) -> None:
         """End the generator's present wait. Nothing if it has none: it looks itself when it goes on. In the event loop's thread."""
-        if self._task is not None and self._generator is not None and self._generator.ag_running and not self.happened:
+        generator = None if self._generator is None else self._generator()
+        if self._task is not None and generator is not None and generator.ag_running and not self.happened:
             self.happened = True
             self._task.cancel()
 
