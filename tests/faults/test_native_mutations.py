@@ -46,7 +46,7 @@ from stator.testing.plane_suite import INSTANCE, Caller, drain, endless, eventua
 from stator.transports.inbox import Inbox
 from stator.transports.native import NativeConfig
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 HELLO_CLIENT = frame(HELLO, payload=Hello(process=CLIENT_PROCESS, role="client").encode(), flags=CRITICAL)
 HELLO_WORKER = frame(HELLO, payload=Hello(process=WORKER_PROCESS, role="worker").encode(), flags=CRITICAL)

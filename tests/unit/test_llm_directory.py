@@ -224,3 +224,29 @@ def test_turns_follow_the_weights(weights: list[int]) -> None:
     found = Counter(turns(weights, turn) for turn in range(rounds * (sum(weights) or len(weights))))
     expected = weights if sum(weights) else [1] * len(weights)
     assert [found[place] for place in range(len(weights))] == [rounds * weight for weight in expected]
+
+
+async def test_a_directory_is_entered_when_both_cards_and_instances_are_known() -> None:
+    late = asyncio.Event()
+
+    class Late(ModelDirectory):
+        async def _follow_instances(self) -> None:
+            await late.wait()
+            await super()._follow_instances()
+
+    async with AsyncExitStack() as stack:
+        store, network = MemoryStore(), MemoryNetwork()
+        watching = await stack.enter_async_context(Runtime.connect(discovery=store, plane=network))
+        async with ModelDirectory.follow(watching, clock=SystemClock()) as directory:
+            cluster = Cluster(stack, store, network, directory)
+            await cluster.add(1)
+            await eventually(lambda: cluster.names() == ["echo"])
+        entering = stack.enter_async_context(Late.follow(watching, clock=SystemClock()))
+        waiting = asyncio.ensure_future(entering)
+        try:
+            done, _ = await asyncio.wait([waiting], timeout=0.3)
+            assert not done, "cards alone are not enough"
+        finally:
+            late.set()
+        entered = await waiting
+        assert [served.name for served in entered.models()] == ["echo"]

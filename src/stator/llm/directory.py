@@ -76,6 +76,8 @@ class ModelDirectory:
         self._read: dict[RecordKey, tuple[ModelRecord, _Card | None]] = {}
         self._alive: dict[tuple[EndpointId, int], EndpointRecord] = {}
         self._refused: set[tuple[RecordKey, str]] = set()
+        self._unheard = {ModelRecord.bucket, EndpointRecord.bucket}
+        """of what discovery has said nothing yet"""
         self._synced = asyncio.Event()
         self._news = asyncio.Event()
 
@@ -129,6 +131,7 @@ class ModelDirectory:
         async with self._runtime.discovery.watch(Query(ModelRecord.bucket)) as watch:
             async for _ in watch:
                 self._records = {key: record for key, record in watch.current.items() if isinstance(record, ModelRecord)}
+                self._unheard.discard(ModelRecord.bucket)
                 self._news.set()
 
     async def _follow_instances(self) -> None:
@@ -139,12 +142,15 @@ class ModelDirectory:
                     for record in watch.current.values()
                     if isinstance(record, EndpointRecord)
                 }
+                self._unheard.discard(EndpointRecord.bucket)
                 self._news.set()
 
     async def _rebuild_on_news(self) -> None:
         while True:
             await self._news.wait()
             self._news.clear()
+            if self._unheard:  # cards without instances, or the other way round: all models would seem to be gone
+                continue
             try:
                 await self._rebuild()
             except StatorError as error:
