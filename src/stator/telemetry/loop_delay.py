@@ -26,7 +26,9 @@ class LoopDelay:
         """Register `<prefix>_event_loop_delay_seconds` and `<prefix>_event_loop_stall_total`. Raises `UsageError` if they are there."""
         self._clock = clock
         self._delay: Histogram = metrics.histogram(
-            f"{prefix}_event_loop_delay_seconds", f"Event loop delay canary: drift from {_SLEEP * 1e3:.0f}ms sleep (seconds)", LOOP_DELAY_BUCKETS
+            f"{prefix}_event_loop_delay_seconds",
+            f"Event loop delay canary: drift from {_SLEEP * 1e3:.0f}ms sleep (seconds)",
+            LOOP_DELAY_BUCKETS,
         )
         self._stalls: Counter = metrics.counter(f"{prefix}_event_loop_stall_total", "Number of event loop stalls (delay > 5ms)")
         self._loop: asyncio.AbstractEventLoop | None = None
