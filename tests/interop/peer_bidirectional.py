@@ -6,6 +6,7 @@ import sys
 
 import uvloop
 from dynamo.runtime import dynamo_worker
+from peer_serving import one_by_one
 
 ended = []
 
@@ -56,7 +57,10 @@ async def main(runtime):
     converse_endpoint = runtime.endpoint("demo.backend.converse")
     journal_endpoint = runtime.endpoint("demo.backend.journal")
     print(json.dumps({"ready": True}), flush=True)
-    await asyncio.gather(converse_endpoint.serve_bidirectional_endpoint(converse), journal_endpoint.serve_endpoint(journal))
+    await one_by_one(
+        lambda: converse_endpoint.serve_bidirectional_endpoint(converse),
+        lambda: journal_endpoint.serve_endpoint(journal),
+    )
 
 
 if __name__ == "__main__":

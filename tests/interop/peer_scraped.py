@@ -1,11 +1,11 @@
 """A worker of the reference whose page is read; run with the reference's own interpreter."""
 
-import asyncio
 import json
 import sys
 
 import uvloop
 from dynamo.runtime import dynamo_worker
+from peer_serving import one_by_one
 from scraped_handler import conversation, items
 
 
@@ -26,10 +26,10 @@ def broken(request, context):
 @dynamo_worker()
 async def main(runtime):
     print(json.dumps({"ready": True}), flush=True)
-    await asyncio.gather(
-        runtime.endpoint("demo.backend.generate").serve_endpoint(generate, metrics_labels=[("model", "tiny")]),
-        runtime.endpoint("demo.backend.broken").serve_endpoint(broken),
-        runtime.endpoint("demo.backend.converse").serve_bidirectional_endpoint(converse),
+    await one_by_one(
+        lambda: runtime.endpoint("demo.backend.generate").serve_endpoint(generate, metrics_labels=[("model", "tiny")]),
+        lambda: runtime.endpoint("demo.backend.broken").serve_endpoint(broken),
+        lambda: runtime.endpoint("demo.backend.converse").serve_bidirectional_endpoint(converse),
     )
 
 

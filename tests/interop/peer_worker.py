@@ -6,6 +6,7 @@ import sys
 
 import uvloop
 from dynamo.runtime import dynamo_worker
+from peer_serving import one_by_one
 
 ended = []
 
@@ -71,7 +72,7 @@ async def main(runtime):
     endpoint = runtime.endpoint("demo.backend.generate")
     broken = runtime.endpoint("demo.backend.broken")
     print(json.dumps({"ready": True}), flush=True)
-    await asyncio.gather(endpoint.serve_endpoint(generate), broken.serve_endpoint(no_generator))
+    await one_by_one(lambda: endpoint.serve_endpoint(generate), lambda: broken.serve_endpoint(no_generator))
 
 
 if __name__ == "__main__":
