@@ -30,7 +30,7 @@ def test_the_limits_follow_the_settings() -> None:
     ("field", "value"),
     [
         ("plane", "quick"),
-        ("request_plane", "nats"),
+        ("request_plane", "http"),
         ("connect_timeout", 0),
         ("item_timeout", -1),
         ("instance_timeout", -0.1),
@@ -59,7 +59,7 @@ def test_our_names_win_over_the_references() -> None:
 
 def test_a_request_plane_we_do_not_speak_is_an_error_and_not_a_surprise() -> None:
     with pytest.raises(ConfigError, match="DYN_REQUEST_PLANE"):
-        settings.load(RuntimeConfig, env={"DYN_REQUEST_PLANE": "nats"})
+        settings.load(RuntimeConfig, env={"DYN_REQUEST_PLANE": "http2"})
 
 
 def test_the_plane_can_be_forced() -> None:

@@ -361,15 +361,23 @@ async def test_callers_are_closed_before_listeners_and_nothing_opens_again() -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "planes", "fall_back"),
-    [("auto", ["native", "tcp"], True), ("native", ["native"], False), ("compatible", ["tcp"], False)],
+    ("name", "request_plane", "planes", "listening", "fall_back"),
+    [
+        ("auto", "tcp", ["native", "tcp", "nats", "http2"], ["native", "tcp"], True),
+        ("auto", "nats", ["native", "tcp", "nats", "http2"], ["native", "nats"], True),
+        ("native", "nats", ["native"], ["native"], False),
+        ("compatible", "http2", ["tcp", "nats", "http2"], ["http2"], False),
+    ],
 )
-def test_what_the_setting_means(name: str, planes: list[str], fall_back: bool) -> None:
-    choice = choose_planes(name, lambda plane: lambda: FakePlane(plane))
+def test_what_the_settings_mean(
+    name: str, request_plane: str, planes: list[str], listening: list[str], fall_back: bool
+) -> None:
+    choice = choose_planes(name, request_plane, lambda plane: lambda: FakePlane(plane))
     assert [plane.name for plane in choice.planes] == planes
+    assert [plane.name for plane in choice.listening] == listening
     assert choice.fall_back is fall_back
 
 
 def test_an_unknown_plane_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected auto, native, compatible or memory"):
-        choose_planes("fast", lambda plane: lambda: FakePlane(plane))
+        choose_planes("fast", "tcp", lambda plane: lambda: FakePlane(plane))

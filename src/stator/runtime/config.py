@@ -16,7 +16,9 @@ def _discovery(text: str) -> str:
 
 
 def _request_plane(text: str) -> str:
-    """Any case is accepted (`spec/10 §1.7`)."""
+    """Any case is accepted, and two values (`spec/10 §1.7`)."""
+    if text.lower() not in ("tcp", "nats"):
+        raise ValueError("expected tcp or nats")
     return text.lower()
 
 
@@ -50,9 +52,9 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
         Setting(doc="how requests travel; auto: native where the worker speaks it, compatible otherwise"),
     ] = "auto"
     request_plane: Annotated[
-        Literal["tcp"],
+        Literal["tcp", "nats", "http2"],
         Setting(
-            doc="transport of the compatible plane",
+            doc="what a worker takes requests of the compatible plane by; callers follow each worker's record",
             dyn="DYN_REQUEST_PLANE",
             dyn_read=_request_plane,
             on_bad_dyn="error",

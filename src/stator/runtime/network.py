@@ -17,12 +17,19 @@ __all__ = ["Network", "PlaneChoice"]
 
 logger = logging.getLogger(__name__)
 
+_COMPATIBLE = ("tcp", "nats", "http2")
+"""planes that a worker may take requests by besides the native one"""
+
 
 class PlaneChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """Planes by preference, best first; `fall_back` says whether the next may be tried when one fails to connect."""
+    """Planes by preference, best first."""
 
     planes: tuple[Plane, ...]
+    """what a caller may use, as far as the instance's record names it"""
     fall_back: bool
+    """whether the next plane may be tried when one fails to connect"""
+    listening: tuple[Plane, ...] = ()
+    """what a worker takes requests by; empty: all of them"""
 
 
 class Network:
@@ -58,7 +65,7 @@ class Network:
     async def _listen(self) -> dict[str, PlaneServer]:
         servers: dict[str, PlaneServer] = {}
         try:
-            for plane in self._choice.planes:
+            for plane in self._choice.listening or self._choice.planes:
                 servers[plane.name] = await plane.listen(self._host)
         except BaseException:
             for server in servers.values():
@@ -190,9 +197,11 @@ class Network:
             await server.aclose()
 
 
-def choose_planes(name: str, load: Callable[[str], Any]) -> PlaneChoice:
-    """The planes that the setting `plane` means; `load` finds a plug-in by name."""
-    names = {"auto": ("native", "tcp"), "native": ("native",), "compatible": ("tcp",)}.get(name)
-    if names is None:
+def choose_planes(name: str, request_plane: str, load: Callable[[str], Any]) -> PlaneChoice:
+    """The planes that the settings `plane` and `request_plane` mean; `load` finds a plug-in by name."""
+    callers = {"auto": ("native", *_COMPATIBLE), "native": ("native",), "compatible": _COMPATIBLE}.get(name)
+    if callers is None:
         raise ConfigError(f"plane = {name!r}: expected auto, native, compatible or memory")
-    return PlaneChoice(planes=tuple(load(each)() for each in names), fall_back=name == "auto")
+    planes = {each: load(each)() for each in callers}
+    listening = tuple(planes[each] for each in callers if each in ("native", request_plane))
+    return PlaneChoice(planes=tuple(planes.values()), listening=listening, fall_back=name == "auto")

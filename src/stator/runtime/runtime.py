@@ -348,7 +348,7 @@ def _planes(plane: str | MemoryNetwork | None, config: RuntimeConfig) -> PlaneCh
     if isinstance(plane, MemoryNetwork) or config.plane == "memory":
         network = plane if isinstance(plane, MemoryNetwork) else MemoryNetwork()
         return PlaneChoice(planes=(MemoryPlane(network),), fall_back=False)
-    return choose_planes(config.plane, lambda name: load_plugin("stator.transports", name))
+    return choose_planes(config.plane, config.request_plane, lambda name: load_plugin("stator.transports", name))
 
 
 @asynccontextmanager

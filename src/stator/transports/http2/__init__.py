@@ -1,0 +1,5 @@
+"""The HTTP/2 plane: for meshes and proxies that understand HTTP only."""
+
+from stator.transports.http2.plane import Http2Plane
+
+__all__ = ["Http2Plane"]
