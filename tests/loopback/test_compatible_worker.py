@@ -211,7 +211,7 @@ async def test_a_socket_without_delay_in_both_roles() -> None:
     async with bench(endless) as worker:
         worker.send(worker.frame())
         await worker.home.call()
-        (answer,) = worker.server._answers  # pyright: ignore[reportPrivateUsage]
+        (answer,) = worker.server._reception.answers  # pyright: ignore[reportPrivateUsage]
         transport: Any = answer._transport  # pyright: ignore[reportPrivateUsage]
         assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -461,7 +461,7 @@ async def test_a_client_that_does_not_read_suspends_the_handler() -> None:
 
         while not settled():
             await asyncio.sleep(0.1)
-        (answer,) = worker.server._answers  # pyright: ignore[reportPrivateUsage]
+        (answer,) = worker.server._reception.answers  # pyright: ignore[reportPrivateUsage]
         assert answer._queued <= 64  # pyright: ignore[reportPrivateUsage]
         transport: Any = answer._transport  # pyright: ignore[reportPrivateUsage]
         assert transport.get_write_buffer_size() <= 64 * 11_000

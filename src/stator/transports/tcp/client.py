@@ -2,17 +2,12 @@
 
 import asyncio
 
-import msgspec
-
 from stator.clock import Clock
 from stator.errors import ConfigError, ConnectFailed, Disconnected, StatorError
-from stator.protocol.control_message import CallHomeAddress, ConnectionInfo, ControlMessage, encode_control_message
 from stator.protocol.envelope import Codec, RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.protocol.request_frame import encode_request_frame
 from stator.protocol.stream import Phase
-from stator.protocol.two_part import message_parts
-from stator.protocol.values import from_json
 from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inbox import Inbox
 from stator.transports.inputs import DuplexInbox
@@ -24,6 +19,7 @@ from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import request_headers
 from stator.transports.tcp.request_line import RequestPool
+from stator.transports.tcp.request_message import codec_of, request_parts
 
 __all__ = ["CompatibleClient"]
 
@@ -84,7 +80,7 @@ class CompatibleClient:
         if inbox.ended:
             return
         # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
-        codec = self._codec(record)
+        codec = codec_of(record, self._config.codec)
         stream = self._listener.expect(inbox, codec)
         sender = self._listener.expect_inputs(stream, codec) if envelope.streams_in else None
         try:
@@ -121,32 +117,12 @@ class CompatibleClient:
 
     # -- requests
 
-    def _codec(self, record: EndpointRecord) -> Codec:
-        """The record's codec if it names one that is known (`spec/10 §8`), else the setting."""
-        match record.request_plane_codec:
-            case "json":
-                return "json"
-            case "msgpack":
-                return "msgpack"
-            case _:
-                return self._config.codec
-
     def _frame(self, path: str, envelope: RequestEnvelope, stream: ExpectedStream, codec: Codec) -> bytes:
         """The request frame. Raises `UsageError` when the request is too large."""
-        home = CallHomeAddress(address=self._listener.address, subject=stream.subject, context=envelope.id)
-        message = ControlMessage(id=envelope.id, payload_codec=codec, connection_info=ConnectionInfo.of(home))
-        payload = from_json(envelope.payload, codec) if stream.inputs is None else b""
-        if stream.inputs is not None:
-            inputs = msgspec.structs.replace(home, subject=stream.inputs.subject, stream_type="request")
-            message = msgspec.structs.replace(
-                message, request_type="many_in", request_stream_connection_info=ConnectionInfo.of(inputs)
-            )
-        if envelope.metadata:
-            message = msgspec.structs.replace(message, metadata=dict(sorted(envelope.metadata.items())))
         return encode_request_frame(
             path,
             request_headers(path, envelope, wall=self._clock.wall()),
-            *message_parts(encode_control_message(message), payload),
+            *request_parts(envelope, stream, codec),
             limit=self._config.max_message_size,
         )
 
