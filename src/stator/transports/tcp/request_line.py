@@ -226,6 +226,8 @@ class RequestPool:
             await self._add_line()
         except OSError as error:
             return error
+        finally:
+            self._dialling = None  # at once: who waited for a task that has ended would not let the loop go on
         return None
 
     async def _add_line(self) -> None:
@@ -237,7 +239,8 @@ class RequestPool:
         self._lines.append(line)
 
     def _dialled(self, task: asyncio.Task[OSError | None]) -> None:
-        self._dialling = None
+        if self._dialling is task:  # cancelled before it began
+            self._dialling = None
         self._freed()
         self._leave_if_empty()
 
