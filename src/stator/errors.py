@@ -13,6 +13,7 @@ __all__ = [
     "ConnectFailed",
     "Disconnected",
     "EngineError",
+    "NotTrusted",
     "Overloaded",
     "PeerProtocolError",
     "StatorError",
@@ -106,6 +107,21 @@ class ConnectFailed(Disconnected):
 
     code = "connect_failed"
     advice = "see that the address in the record can be reached; the instance is avoided for a while"
+
+
+class NotTrusted(ConnectFailed):
+    """Two processes do not trust each other: TLS, certificates or the cluster secret differ, or one side has none.
+
+    `reason` labels the metric (`docs/security.md`).
+    """
+
+    code = "not_trusted"
+    fault = "the operator"
+    advice = "give both processes the same secret and certificates of one authority; docs/security.md explains each reason"
+
+    def __init__(self, message: str, *, reason: str = "unknown", instance: int = 0, phase: str = "connect") -> None:
+        super().__init__(message, instance=instance, phase=phase)
+        self.reason = reason
 
 
 class StreamIncomplete(Disconnected):

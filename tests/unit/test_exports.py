@@ -23,6 +23,7 @@ PUBLIC = [
     "Engine",
     "EngineError",
     "Namespace",
+    "NotTrusted",
     "Operator",
     "Overloaded",
     "PeerProtocolError",

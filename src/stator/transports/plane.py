@@ -14,10 +14,11 @@ import msgspec
 
 from stator import settings
 from stator.clock import Clock
-from stator.config import Config
+from stator.config import Config, Secret
 from stator.errors import StatorError
 from stator.protocol.envelope import IncomingRequest, RequestEnvelope
 from stator.protocol.records import EndpointRecord
+from stator.security import Refusals, Tls
 from stator.tasks import DeadlineWheel
 from stator.transports.inbox import Inbox
 
@@ -208,6 +209,14 @@ class PlaneHost(msgspec.Struct, frozen=True, kw_only=True):
     clock: Clock
     random: Random
     observer: InstanceObserver | None
+    tls: Tls | None = None
+    """certificates for every connection that leaves the machine; None: not encrypted. `stator.security.accepting` and `connecting`
+    apply it to a listener and a dialler
+    """
+    secret: Secret | None = None
+    """what the processes of the cluster prove to each other; None: nothing"""
+    refusals: Refusals = msgspec.field(default_factory=Refusals)
+    """connections not made for want of trust"""
     traffic: Traffic = msgspec.field(default_factory=Traffic)
     input_timeout: float | None = 300.0
     """seconds a handler waits for the next input of a bidirectional request; None: for ever"""
