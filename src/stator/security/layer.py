@@ -14,69 +14,23 @@ from typing import Any, cast
 from stator.errors import NotTrusted
 from stator.security.handshake import refusal
 from stator.security.refusals import Refusals
-from stator.security.tls import Alpn, Tls
 
-__all__ = ["TlsLayer", "TlsTransport", "accepting", "connecting"]
+__all__ = ["ALERT", "TlsLayer", "TlsTransport"]
 
 logger = logging.getLogger(__name__)
 
 _READ = 65536
-_HANDSHAKE, _ALERT = 22, 21
-_UNEXPECTED = bytes((_ALERT, 3, 3, 0, 2, 2, 10))
+_TLS_RECORDS = (22, 21)
+"""first bytes: handshake, alert"""
+ALERT = bytes((21, 3, 3, 0, 2, 2, 10))
 """a fatal alert, unexpected message: for those who do not speak TLS"""
-
-
-def accepting(
-    protocol: asyncio.Protocol,
-    *,
-    tls: Tls | None,
-    refusals: Refusals,
-    alpn: Alpn = (),
-    plain_answer: bytes = _UNEXPECTED,
-) -> asyncio.Protocol:
-    """What a listener's factory returns in place of `protocol`, which is that itself without TLS.
-
-    `connection_made` comes after the handshake, with a transport that knows `ssl_object`, `peercert` and `cipher`. `connection_lost` comes
-    in any case, with `NotTrusted` when the handshake failed. `plain_answer` is told to those who do not speak TLS before they are cut.
-    """
-    if tls is None:
-        return protocol
-    context = tls.server_context(alpn)
-    return TlsLayer(protocol, context, refusals=refusals, patience=tls.config.handshake_timeout, plain_answer=plain_answer)
-
-
-async def connecting(
-    protocol: asyncio.Protocol, host: str, port: int, *, tls: Tls | None, refusals: Refusals, alpn: Alpn = ()
-) -> None:
-    """Connect `protocol` to `host`, and return when TCP and TLS are done. The caller sets the deadline, besides that of the handshake.
-
-    Raises `OSError` (`NotTrusted` is one); `protocol` has heard nothing then, nor when cancelled.
-    """
-    loop = asyncio.get_running_loop()
-    if tls is None:
-        await loop.create_connection(lambda: protocol, host, port)
-        return
-    shaken: asyncio.Future[None] = loop.create_future()
-    layer = TlsLayer(
-        protocol,
-        tls.client_context(alpn),
-        refusals=refusals,
-        patience=tls.config.handshake_timeout,
-        dials=tls.server_name or host,
-        shaken=shaken,
-    )
-    try:
-        await loop.create_connection(lambda: layer, host, port)
-        await shaken
-    except BaseException:
-        layer.abort()
-        raise
 
 
 class TlsLayer(asyncio.Protocol):
     """The protocol of a socket's transport. `dials`: the name that the other side's certificate must have; None: this side listens.
 
     `shaken` is for a dialler: done when the handshake is, or raising `NotTrusted`; `above` is told nothing of a handshake that failed.
+    `settled` is called once, when the handshake has ended in either way.
     """
 
     def __init__(
@@ -88,7 +42,8 @@ class TlsLayer(asyncio.Protocol):
         patience: float,
         dials: str | None = None,
         shaken: "asyncio.Future[None] | None" = None,
-        plain_answer: bytes = _UNEXPECTED,
+        plain_answer: bytes = ALERT,
+        settled: "Callable[[TlsLayer], None] | None" = None,
     ) -> None:
         self.above: asyncio.Protocol = above
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -102,6 +57,7 @@ class TlsLayer(asyncio.Protocol):
         self._patience = patience
         self._shaken = shaken
         self._plain_answer = plain_answer
+        self._settled = settled
         self._established = False
         self._silent = True
         self._ended = False
@@ -137,7 +93,7 @@ class TlsLayer(asyncio.Protocol):
         return self._end_of_input()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._settle()
         self.closing = True
         self.transport = None
         error = self._error or exc
@@ -162,7 +118,7 @@ class TlsLayer(asyncio.Protocol):
         """Go on with the handshake; whether it is done. The first byte tells whether the other side speaks TLS."""
         if self._silent:
             self._silent = False
-            if first[0] not in (_HANDSHAKE, _ALERT):
+            if first[0] not in _TLS_RECORDS:
                 if self._dials is None and self.transport is not None:
                     self.transport.write(self._plain_answer)
                 self._refuse(NotTrusted("the other side does not speak TLS, this side speaks nothing else", reason="plaintext"))
@@ -179,7 +135,7 @@ class TlsLayer(asyncio.Protocol):
             self._flush()  # the alert
             self._refuse(refusal(error, dialling=self._dials is not None))
             return False
-        self._stop_timer()
+        self._settle()
         self._flush()
         self._established = True
         self.above.connection_made(TlsTransport(self))
@@ -195,17 +151,20 @@ class TlsLayer(asyncio.Protocol):
     def _refuse(self, error: NotTrusted) -> None:
         """End the connection because of what the other side is, or thinks of us."""
         transport, self._error, self.closing = self.transport, error, True
-        self._stop_timer()
+        self._settle()
         self._refusals.count("accepting" if self._dials is None else "dialling", error.reason)
         if transport is not None:
             peer = transport.get_extra_info("peername") or "a closed socket"
             logger.warning("TLS connection %s %s refused: %s", "from" if self._dials is None else "to", peer, error)
             transport.close()
 
-    def _stop_timer(self) -> None:
+    def _settle(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        settled, self._settled = self._settled, None
+        if settled is not None:
+            settled(self)
 
     # -- reading
 
@@ -292,7 +251,7 @@ class TlsLayer(asyncio.Protocol):
     def abort(self) -> None:
         """End it at once. Idempotent."""
         self.closing = True
-        self._stop_timer()
+        self._settle()
         if self.transport is not None:
             self.transport.abort()
 

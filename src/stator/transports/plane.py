@@ -210,7 +210,7 @@ class PlaneHost(msgspec.Struct, frozen=True, kw_only=True):
     random: Random
     observer: InstanceObserver | None
     tls: Tls | None = None
-    """certificates for every connection that leaves the machine; None: not encrypted. `stator.security.accepting` and `connecting`
+    """certificates for every connection that leaves the machine; None: not encrypted. `stator.security.Entrance` and `connecting`
     apply it to a listener and a dialler
     """
     secret: Secret | None = None
