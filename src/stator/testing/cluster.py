@@ -95,7 +95,7 @@ class ClusterWorker:
                 case CompatibleServer():
                     for connection in tuple(server._connections):
                         connection.abort()
-                    for answer in tuple(server._answers):
+                    for answer in tuple(server._reception.answers):
                         answer.abort()
                 case _:
                     raise TypeError(f"how to cut {server!r} is not known")
