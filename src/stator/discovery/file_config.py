@@ -11,6 +11,7 @@ class FileDiscoveryConfig(Config, frozen=True, kw_only=True):
     """Where the files are and when an owner counts as dead. All processes that share a root must agree on `ttl`."""
 
     section: ClassVar[str] = "file"
+    location: ClassVar[str] = "root"
 
     root: Annotated[
         str,

@@ -103,5 +103,6 @@ DiscoveryFactory = Callable[..., Discovery]
 """What the entry points of group `stator.discovery` name: `factory(config, *, clock: Clock, random: Random)`.
 
 The answer is entered with `async with`. The annotation of the first parameter is the backend's `Config` struct, which
-`stator.settings.load` fills.
+`stator.settings.load` fills. Its class variable `location`, if it has one, names the field that is set by the rest of a setting
+`discovery = name://rest`.
 """

@@ -45,7 +45,12 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
     """How a process joins a cluster, and how long its requests wait. Times are in seconds; None waits for ever."""
 
     discovery: Annotated[
-        str, Setting(doc="backend that knows who is there: a plug-in's name", dyn="DYN_DISCOVERY_BACKEND", dyn_read=_discovery)
+        str,
+        Setting(
+            doc="backend that knows who is there: a plug-in's name, or with its place: etcd://host:2379,host2:2379, file:///directory",
+            dyn="DYN_DISCOVERY_BACKEND",
+            dyn_read=_discovery,
+        ),
     ] = "file"
     plane: Annotated[
         Literal["auto", "native", "compatible", "memory"],

@@ -14,7 +14,7 @@ from stator import settings
 from stator.clock import Clock
 from stator.discovery.interface import Discovery
 from stator.discovery.memory import MemoryDiscovery, MemoryStore
-from stator.errors import ConfigError, UsageError
+from stator.errors import UsageError
 from stator.events import EventHost, EventPlane, EventsConfig, MemoryBus
 from stator.health import EngineRoutes, HealthConfig, SystemHealth
 from stator.protocol.ids import EndpointId
@@ -23,12 +23,13 @@ from stator.routing import Policy, RoutingConfig
 from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.component import Component, Endpoint, Namespace, make_policy
 from stator.runtime.config import RuntimeConfig
+from stator.runtime.discovery_choice import choose_discovery, discovery_name
 from stator.runtime.engine import Generate
 from stator.runtime.event_plane import OpenEvents, choose_event_plane
 from stator.runtime.host import advertised_host, raise_file_limit, socket_directory
 from stator.runtime.meter import ProcessMeter
 from stator.runtime.network import Network, PlaneChoice, choose_planes
-from stator.runtime.plugins import check_settings, config_type, load_plugin
+from stator.runtime.plugins import check_settings, load_plugin
 from stator.runtime.served import ServedEndpoint
 from stator.runtime.services import RequestIds, Services, ViewsObserver
 from stator.runtime.signals import shutdown_event
@@ -325,7 +326,7 @@ def _prepare(
         events=settings.load(EventsConfig, _of_section("events", sections)),
         open_events=choose_event_plane(
             event_plane if isinstance(event_plane, MemoryBus) else config.event_plane,
-            in_memory=isinstance(discovery, MemoryStore) or config.discovery == "memory",
+            in_memory=isinstance(discovery, MemoryStore) or discovery_name(config.discovery) == "memory",
             sections=sections,
         ),
     )
@@ -358,11 +359,7 @@ async def _open_discovery(
     if isinstance(given, MemoryStore):
         opened: Any = MemoryDiscovery(given, clock=clock, random=random)
     else:
-        factory = await asyncio.to_thread(load_plugin, "stator.discovery", config.discovery)
-        kind = config_type(factory)
-        if kind is None:
-            raise ConfigError(f"discovery plug-in {config.discovery!r} does not say which settings it takes")
-        own = await asyncio.to_thread(settings.load, kind, _of_section(kind.section, sections))
+        factory, own = await asyncio.to_thread(choose_discovery, config.discovery, sections)
         opened = factory(own, clock=clock, random=random)
     async with opened as discovery:
         yield cast(Discovery, discovery)
