@@ -31,13 +31,13 @@ FAILED = {
     "option value": (["-o", "delay=soon"], {}, r"cannot start: argument delay='soon': expected a number"),
     "model": (["--engine", "echo", "--model", "/nowhere", "--workers", "2"], {}, r"cannot start: .*'/nowhere' is none"),
     "policy": (["--policy", "round_robbin"], {}, r"cannot start: no routing policy is called 'round_robbin' \(did you mean"),
-    "plane": ([], {"STATOR_PLANE": "nativ"}, r"cannot start: STATOR_PLANE='nativ'"),
-    "discovery": ([], {"STATOR_DISCOVERY": "etcd9"}, r"cannot start: stator.discovery has no plug-in called 'etcd9'"),
 }
 REFUSED = {
     "namespace": (["--namespace", "a/b"], {}, r"'a/b'"),
     "host": (["--host", "0.0.0.0"], {}, r"host '0.0.0.0' is reachable from other machines .*--insecure-bind"),
     "setting": ([], {"STATOR_HTTP_PROT": "1"}, r"no setting is called 'STATOR_HTTP_PROT'; did you mean 'STATOR_HTTP_PORT'\?"),
+    "plane": ([], {"STATOR_PLANE": "nativ"}, r"STATOR_PLANE='nativ'"),
+    "discovery": ([], {"STATOR_DISCOVERY": "etcd9"}, r"stator.discovery has no plug-in called 'etcd9'"),
     "log": ([], {"STATOR_LOG": "loud"}, r"log level 'loud'"),
 }
 
@@ -110,7 +110,7 @@ def test_ls_shows_each_instance(pair: tuple[StatorProcess, StatorProcess]) -> No
 def test_ls_as_json(pair: tuple[StatorProcess, StatorProcess]) -> None:
     found = run_stator("ls", "--json", environment={"STATOR_FILE_ROOT": root_of(pair[1])})
     (row,) = [json.loads(line) for line in found.stdout.splitlines()]
-    assert row.keys() == {"endpoint", "instance", "model", "address", "native", "device", "seen"}
+    assert row.keys() == {"endpoint", "instance", "model", "address", "native", "device", "seen", "stale"}
     assert (row["endpoint"], row["model"]) == ("dynamo.backend.generate", "two [b]")
     assert 0 <= row["seen"] < 10
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from stator import __version__, settings
 from stator.cli.frontend import run_frontend
+from stator.cli.joining import DiscoveryOption, Joining, PlaneOption, RequestPlaneOption
 from stator.cli.listing import list_cluster
 from stator.cli.serve import ServeOptions, run_serve
 from stator.cli.supervision import NewsKind, tell
@@ -123,6 +124,9 @@ def serve(
         bool, typer.Option("--isolated", help="Use a discovery directory of its own, so that nobody else's workers are seen.")
     ] = False,
     insecure_bind: InsecureBind = False,
+    discovery: DiscoveryOption = None,
+    plane: PlaneOption = None,
+    request_plane: RequestPlaneOption = None,
 ) -> None:
     """Serve a model: frontends on one port and worker processes, supervised until Ctrl-C.
 
@@ -142,6 +146,7 @@ def serve(
         component=component,
         isolated=isolated,
         insecure_bind=insecure_bind,
+        joining=Joining(discovery=discovery, plane=plane, request_plane=request_plane),
     )
     _main(lambda: run_serve(options))
 
@@ -155,6 +160,9 @@ def worker(
     namespace: Namespace = None,
     component: Component = None,
     endpoint: Endpoint = None,
+    discovery: DiscoveryOption = None,
+    plane: PlaneOption = None,
+    request_plane: RequestPlaneOption = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run one worker process: an engine on an endpoint, its model registered for every frontend of the cluster."""
@@ -164,6 +172,7 @@ def worker(
             engine=engine,
             options=tuple(option or ()),
             place={"served_name": name or None, "namespace": namespace, "component": component, "endpoint": endpoint},
+            joining=Joining(discovery=discovery, plane=plane, request_plane=request_plane),
             supervised=supervised,
         ),
         supervised=supervised,
@@ -176,11 +185,20 @@ def frontend(
     port: Port = None,
     policy: Policy = None,
     insecure_bind: InsecureBind = False,
+    discovery: DiscoveryOption = None,
+    plane: PlaneOption = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run one frontend process: OpenAI's HTTP API for every model that workers of the cluster have registered."""
     _main(
-        lambda: run_frontend(host=host, port=port, policy=policy, insecure_bind=insecure_bind, supervised=supervised),
+        lambda: run_frontend(
+            host=host,
+            port=port,
+            policy=policy,
+            insecure_bind=insecure_bind,
+            joining=Joining(discovery=discovery, plane=plane),
+            supervised=supervised,
+        ),
         supervised=supervised,
     )
 
@@ -188,6 +206,7 @@ def frontend(
 @app.command("ls")
 def ls(
     json: Annotated[bool, typer.Option("--json", help="One JSON object per record instead of a table.")] = False,
+    discovery: DiscoveryOption = None,
 ) -> None:
     """List what is registered: endpoints, instances, where they are, their models, and when they last gave a sign of life."""
-    _main(lambda: list_cluster(as_json=json))
+    _main(lambda: list_cluster(Joining(discovery=discovery), as_json=json))

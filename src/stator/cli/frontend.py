@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from stator import settings
+from stator.cli.joining import Joining
 from stator.cli.supervision import NewsKind, ended_with_supervisor, tell
 from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, bind, create_app
 from stator.llm.directory import ModelDirectory
@@ -23,14 +24,16 @@ def frontend_config(*, host: str | None, port: int | None, insecure_bind: bool) 
     return settings.load(FrontendConfig, {key: value for key, value in given.items() if value is not None})
 
 
-async def run_frontend(*, host: str | None, port: int | None, policy: str | None, insecure_bind: bool, supervised: bool) -> int:
+async def run_frontend(
+    *, host: str | None, port: int | None, policy: str | None, insecure_bind: bool, joining: Joining, supervised: bool
+) -> int:
     """Serve until a signal, or until the supervisor is gone. Returns the exit status.
 
     Supervised ones share their port with each other.
     """
     config = await asyncio.to_thread(frontend_config, host=host, port=port, insecure_bind=insecure_bind)
     clock = SystemClock()
-    async with Runtime.connect(health__port=-1) as runtime, Scope("frontend process") as scope:
+    async with Runtime.connect(health__port=-1, **joining.settings) as runtime, Scope("frontend process") as scope:
         if supervised:
             scope.spawn(ended_with_supervisor(runtime.shutdown), name="supervisor")
         async with ModelDirectory.follow(runtime, clock=clock, policy=policy) as directory:

@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from stator.cli.joining import Joining
+from stator.discovery import DiscoveryStatus
 from stator.protocol.ids import format_instance_id
-from stator.protocol.records import EndpointRecord, ModelRecord, NativeAddress, Query
+from stator.protocol.records import EndpointRecord, ModelRecord, NativeAddress, Query, Transport
 from stator.runtime import Runtime
 from stator.tasks import SystemClock
 
-__all__ = ["list_cluster"]
+__all__ = ["list_cluster", "where"]
 
 _WIDE = 1000
 """columns, where the output is no terminal"""
@@ -30,11 +32,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     seen: float | None
     """seconds since its owner's last sign of life; None: unknown"""
+    stale: float | None
+    """seconds since discovery has not answered: all this was so then; None: it answers"""
 
 
-async def list_cluster(*, as_json: bool) -> int:
+async def list_cluster(joining: Joining, *, as_json: bool) -> int:
     """Print the instances. Returns the exit status."""
-    async with Runtime.connect() as runtime:
+    async with Runtime.connect(**joining.settings) as runtime:
         discovery = runtime.discovery
         endpoints = await discovery.list(Query(EndpointRecord.bucket))
         models = await discovery.list(Query(ModelRecord.bucket))
@@ -47,10 +51,11 @@ async def list_cluster(*, as_json: bool) -> int:
             endpoint=str(record.endpoint_id),
             instance=format_instance_id(record.instance_id),
             model=names.get((record.endpoint_id.segments, record.instance_id), ""),
-            address=record.transport.tcp or record.transport.nats_tcp or "",
+            address=_compatible(record.transport),
             native=record.stator.address if isinstance(record.stator, NativeAddress) else "",
             device=record.device_type or "",
             seen=max(0.0, now - seen[record.key]) if record.key in seen else None,
+            stale=None if status.stale_since is None else max(0.0, now - status.stale_since),
         )
         for record in endpoints
         if isinstance(record, EndpointRecord)
@@ -59,8 +64,21 @@ async def list_cluster(*, as_json: bool) -> int:
         for row in rows:
             sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
         return 0
-    _print(rows, f"{status.backend} {status.location}".strip())
+    _print(rows, where(status, now))
     return 0
+
+
+def where(status: DiscoveryStatus, now: float) -> str:
+    """The place of the records for people, and since when they are only what was known, seen from `now` (wall-clock seconds)."""
+    place = f"{status.backend} {status.location}".strip()
+    if status.stale_since is None:
+        return place
+    return f"{place}, which has not answered for {max(0.0, now - status.stale_since):.1f} s: {status.reason}"
+
+
+def _compatible(transport: Transport) -> str:
+    """Where requests of the compatible plane go; a NATS subject says that it is one."""
+    return transport.tcp or (f"nats {transport.nats_tcp}" if transport.nats_tcp else transport.http or "")
 
 
 def _names(models: list[Any]) -> dict[tuple[tuple[str, ...], int], str]:
@@ -71,12 +89,12 @@ def _names(models: list[Any]) -> dict[tuple[tuple[str, ...], int], str]:
     return names
 
 
-def _print(rows: list[Row], where: str) -> None:
+def _print(rows: list[Row], location: str) -> None:
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _WIDE  # whoever reads it is no person: one line per instance
     if not rows:
-        console.print(f"nothing is registered ({where})", soft_wrap=True)
+        console.print(f"nothing is registered ({escape(location)})", soft_wrap=True)
         return
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     for title in ("endpoint", "instance", "model", "native plane", "compatible plane", "device", "seen"):
@@ -85,4 +103,4 @@ def _print(rows: list[Row], where: str) -> None:
         age = "" if row.seen is None else f"{row.seen:.1f} s ago"
         table.add_row(row.endpoint, row.instance, escape(row.model), row.native or "–", row.address or "–", row.device, age)
     console.print(table)
-    console.print(f"[dim]{len(rows)} instance{'' if len(rows) == 1 else 's'} ({where})[/]", soft_wrap=True)
+    console.print(f"[dim]{len(rows)} instance{'' if len(rows) == 1 else 's'} ({escape(location)})[/]", soft_wrap=True)

@@ -17,6 +17,7 @@ from rich.markup import escape
 from stator import settings
 from stator.cli.frontend import frontend_config
 from stator.cli.greeting import example_request, first_answer
+from stator.cli.joining import Joining, check_joining
 from stator.cli.supervision import News, NewsKind
 from stator.cli.supervisor import Child, Supervisor
 from stator.cli.worker import StartFailed, engine_name, worker_config
@@ -50,6 +51,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     component: str | None
     isolated: bool
     insecure_bind: bool
+    joining: Joining = Joining()
 
     @property
     def place(self) -> dict[str, str | None]:
@@ -60,11 +62,13 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 async def run_serve(options: ServeOptions) -> int:
     """Start everything, wait until a request went through, say so, and stop cleanly. Returns the exit status."""
     await asyncio.to_thread(check_settings)
+    await asyncio.to_thread(check_joining, options.joining, isolated=options.isolated)
     config = await asyncio.to_thread(frontend_config, host=options.host, port=options.port, insecure_bind=options.insecure_bind)
     workers = await asyncio.to_thread(worker_config, options.place)
     with ExitStack() as stack:
-        changes: dict[str, str | None] = {}
+        changes = options.joining.variables
         if options.isolated:
+            changes["STATOR_DISCOVERY"] = "file"
             changes["STATOR_FILE_ROOT"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="stator-"))
         held = stack.enter_context(_hold(config))
         await _Service(options, config, workers, port=held.getsockname()[1], changes=changes).run()

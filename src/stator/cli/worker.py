@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from stator import settings
+from stator.cli.joining import Joining
 from stator.cli.supervision import NewsKind, ended_with_supervisor, tell
 from stator.engines.registry import create_engine
 from stator.errors import StatorError, UsageError
@@ -48,11 +49,17 @@ def worker_config(place: Mapping[str, str | None]) -> WorkerConfig:
 
 
 async def run_worker(
-    *, model: str, engine: str, options: tuple[str, ...], place: Mapping[str, str | None], supervised: bool
+    *,
+    model: str,
+    engine: str,
+    options: tuple[str, ...],
+    place: Mapping[str, str | None],
+    joining: Joining,
+    supervised: bool,
 ) -> int:
     """Live until a signal, or until the supervisor is gone. Returns the exit status; raises why it cannot start."""
     config = await asyncio.to_thread(worker_config, place)
-    async with Runtime.connect() as runtime, Scope("worker process") as scope:
+    async with Runtime.connect(**joining.settings) as runtime, Scope("worker process") as scope:
         process = _Process(runtime, supervised=supervised)
         scope.spawn(process.end_on_shutdown(), name="shutdown")
         if supervised:
