@@ -305,6 +305,48 @@ async def test_too_many_headers(raw: RawClient) -> None:
     assert (await raw.answer()).status in (400, 431)
 
 
+async def test_many_fields_that_are_too_large_together(models: FakeModels) -> None:
+    async with (
+        frontend(models, head_limit=20_000, header_limit=16_000, header_timeout=5) as running,
+        RawClient(running.port) as raw,
+    ):
+        await raw.request("GET", "/live", x_one="1" * 9_000, x_two="2" * 9_000)
+        assert (await raw.answer()).status == 200
+        await raw.send(b"GET /live HTTP/1.1\r\nHost: x\r\n")
+        answer = asyncio.ensure_future(raw.answer())
+        for number in range(100):
+            if answer.done():
+                break
+            await raw.send(b"X-%d: %b\r\n" % (number, b"a" * 1000))
+            await asyncio.sleep(0.01)
+        else:
+            pytest.fail("all of it was taken")
+        assert number < 40
+        assert error_of(await answer, 431)["code"] == "headers_too_large"
+        assert await raw.read() == b""
+
+
+async def test_a_connection_too_many_is_told_so(models: FakeModels) -> None:
+    async with frontend(models, max_connections=2) as running:
+        async with RawClient(running.port) as first, RawClient(running.port) as second:
+            for raw in (first, second):
+                await raw.request("GET", "/live")
+                assert (await raw.answer()).status == 200
+            async with RawClient(running.port) as third:
+                answer = await third.answer()
+                assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
+                assert answer.headers["retry-after"] == "1"
+                assert await third.read() == b""
+            await first.request("GET", "/live")
+            assert (await first.answer()).status == 200
+        async with asyncio.timeout(5):
+            while True:  # as soon as one is gone, there is room
+                async with RawClient(running.port) as raw:
+                    await raw.request("GET", "/live")
+                    if (await raw.answer()).status == 200:
+                        break
+
+
 async def test_bad_chunks(raw: RawClient) -> None:
     await raw.send(
         f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from stator import __version__, settings
+from stator.cli.certs import certs_app
 from stator.cli.frontend import run_frontend
 from stator.cli.joining import DiscoveryOption, Joining, PlaneOption, RequestPlaneOption
+from stator.cli.keys import keys_app
 from stator.cli.listing import list_cluster
 from stator.cli.serve import ServeOptions, run_serve
 from stator.cli.supervision import NewsKind, tell
@@ -210,3 +212,7 @@ def ls(
 ) -> None:
     """List what is registered: endpoints, instances, where they are, their models, and when they last gave a sign of life."""
     _main(lambda: list_cluster(Joining(discovery=discovery), as_json=json))
+
+
+app.add_typer(keys_app(_main))
+app.add_typer(certs_app(_main))

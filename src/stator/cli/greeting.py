@@ -48,8 +48,8 @@ async def _listed(session: aiohttp.ClientSession, model: str, say: Callable[[str
     told = False
     while True:
         try:
-            async with session.get("/v1/models") as answer:
-                found = [entry["id"] for entry in (await answer.json())["data"]]
+            async with session.get("/health") as answer:
+                found = [entry["model"] for entry in (await answer.json())["instances"]]
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError):
             found = None
         if found is not None and model in found:
@@ -64,7 +64,7 @@ async def _refusal(session: aiohttp.ClientSession, path: str, body: dict[str, An
     """Why the request was not answered; "" if it was."""
     try:
         async with session.post(path, json=body) as answer:
-            if answer.status == 200:
+            if answer.status in (200, 401):  # without a key, that is the right answer where keys are asked for
                 return ""
             return f"{answer.status} {(await answer.json())['error']['message']}"
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError, TypeError) as error:

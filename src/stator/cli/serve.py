@@ -100,8 +100,11 @@ class _Service:
         self._frontend_limit = config.graceful_shutdown + _MARGIN
         self._worker_limit = workers.grace_period + workers.drain_timeout + workers.cleanup_timeout + _MARGIN
         self._url = _url(config, port)
+        self._needs_key = config.api_keys_path is not None
         self._model: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         environment = settings.child_environment(changes)
+        # Limits of API keys hold for all frontends together; who has more of them elsewhere says how many.
+        environment["STATOR_HTTP_API_KEY_SHARES"] = str(max(config.api_key_shares, options.frontends))
         # As many threads as cores in each worker would slow all of them down. Torch and OpenMP read this.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // options.workers)))
         if workers.grace_period == WorkerConfig().grace_period:
@@ -153,7 +156,8 @@ class _Service:
         path = await first_answer(self._url, model, say=lambda text: self._show(f"  [dim]waiting for[/] {escape(text)}"))
         self._show(f"\n[bold green]ready[/]: model [bold]{escape(model)}[/] at [bold]{self._url}/v1[/]  (Ctrl-C stops)\n")
         example = msgspec.json.encode(example_request(path, model)).decode()
-        command = f"curl -N {self._url}{path} -H 'Content-Type: application/json' -d {shlex.quote(example)}"
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if self._needs_key else ""
+        command = f"curl -N {self._url}{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(example)}"
         self._console.print(command, markup=False)
         if self._root:
             self._show(f"\n[dim]STATOR_FILE_ROOT={escape(self._root)} stator ls   shows what is registered[/]")

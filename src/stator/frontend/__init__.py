@@ -4,6 +4,8 @@ A request passes `connection` (deadlines), `boundary` (ids, errors, log line), `
 `admissions` (its turn at the workers: a `gate` brings to life what `admission` decides), `choices` (the engine calls), `chunks`
 (what clients read) and `sse` (how it leaves). `service` and `busy_threshold` have the other routes, `server` the socket, `errors`
 the one table of error answers, `metrics` what is counted.
+
+Where API keys are asked for, `doors` says by which routes; `key_ring` has the keys of a `key_file`, `key_account` what each may do.
 """
 
 from stator.frontend.app import create_app

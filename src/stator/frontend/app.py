@@ -12,6 +12,8 @@ from stator.frontend.body import too_large
 from stator.frontend.boundary import boundary, failure_response
 from stator.frontend.busy_threshold import BusyThreshold, LoadControl
 from stator.frontend.config import FrontendConfig
+from stator.frontend.doors import enter
+from stator.frontend.errors import Rejected
 from stator.frontend.generation import CHAT, COMPLETIONS, Generation
 from stator.frontend.metrics import FrontendMetrics
 from stator.frontend.state import STATE, FrontendState, random_ids
@@ -56,6 +58,7 @@ def create_app(
     metrics.follow(source.models)
 
     async def begin(_: web.Application) -> None:
+        await state.open()
         metrics.loop_delay.start(asyncio.get_running_loop())
 
     async def close(_: web.Application) -> None:
@@ -68,9 +71,14 @@ def create_app(
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
-    """`Expect: 100-continue`: refuse a body that is too large before it is sent. Runs before the middleware."""
+    """`Expect: 100-continue`: refuse a body that is too large, or nobody's, before it is sent. Runs before the middleware."""
     state = request.app[STATE]
     if request.headers.get("Expect", "").lower() == "100-continue" and not state.draining:
+        if state.keys is not None:
+            try:
+                enter(request, state.keys)
+            except Rejected as error:
+                return failure_response(error.failure, state)
         if (request.content_length or 0) > state.config.body_limit:
             return failure_response(too_large(state.config).failure, state)
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from stator.errors import StatorError
+from stator.frontend.doors import enter
 from stator.frontend.errors import DRAINING, Failure, Rejected, describe, render
 from stator.frontend.state import SERVER, STATE, TICKET, FrontendState
 from stator.frontend.ticket import Ticket
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _ALWAYS_SERVED = ("/metrics",)
 _OWNDRAINING_ANSWER = ("/health", "/live")
+_OUR_REFUSALS = ("overload", "unavailable", "rate_limit")
+"""labels of failures that cost a request's API key nothing"""
 
 
 @web.middleware
@@ -33,10 +36,15 @@ async def boundary(request: web.Request, handler: _Handler) -> web.StreamRespons
         if ticket.meter is not None:
             label = ticket.failure.label if ticket.failure else "cancelled" if outcome == "cancelled" else ""
             ticket.meter.end(error_type=label, now=state.clock.monotonic())
+        if ticket.grant is not None:
+            for_nothing = ticket.failure is not None and ticket.failure.label in _OUR_REFUSALS
+            ticket.grant.end(state.clock.monotonic(), for_nothing=for_nothing)
         _log(state, ticket, request, outcome)
     if not response.prepared:
         response.headers["x-request-id"] = ticket.shown_id
         response.headers["Server"] = SERVER
+        if ticket.account is not None and ticket.endpoint:
+            response.headers.update(ticket.account.headers(state.clock.monotonic()))
         if state.draining:
             response.force_close()
     return response
@@ -47,6 +55,8 @@ async def _answer(request: web.Request, handler: _Handler, state: FrontendState,
         if state.draining and request.path not in _ALWAYS_SERVED and request.path not in _OWNDRAINING_ANSWER:
             ticket.failure = DRAINING
         else:
+            if state.keys is not None:
+                ticket.account = enter(request, state.keys)
             return await handler(request)
     except web.HTTPException as error:
         ticket.failure = _from_aiohttp(request, error)
@@ -79,6 +89,7 @@ def failure_response(failure: Failure, state: FrontendState) -> web.Response:
     response = web.Response(status=failure.status, body=render(failure), content_type="application/json")
     if failure.retry:
         response.headers["Retry-After"] = str(failure.retry_after or state.config.retry_after)
+    response.headers.update(failure.headers)
     return response
 
 
@@ -106,6 +117,8 @@ def _log(state: FrontendState, ticket: Ticket, request: web.Request, outcome: st
         fields["status"] = int(outcome)
     if ticket.failure is not None:
         fields["error"] = ticket.failure.code or ticket.failure.label
+    if ticket.account is not None:
+        fields["key"] = ticket.account.name
     if ticket.endpoint:
         fields |= {"endpoint": ticket.endpoint, "model": ticket.model, "stream": ticket.stream}
     fields |= ticket.meter.summary(now) if ticket.meter else {"duration_ms": round((now - ticket.began) * 1e3, 3)}

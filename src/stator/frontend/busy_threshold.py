@@ -1,6 +1,5 @@
 """`/busy_threshold`: when workers count as busy, read and changed while the frontend runs (`spec/40 §3.4`)."""
 
-import ipaddress
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol
 
@@ -9,6 +8,7 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from stator.errors import UsageError
+from stator.frontend.doors import is_local
 from stator.frontend.state import STATE
 from stator.llm.thresholds import NO_THRESHOLDS, Thresholds
 
@@ -92,22 +92,9 @@ class BusyThreshold:
         return _json(_entry(model, found or NO_THRESHOLDS))
 
     def _refusal(self, request: web.Request) -> web.Response | None:
-        if not self._loopback_only or _is_local(request):
+        if not self._loopback_only or is_local(request):
             return None
         return _error(403, "This route is for clients on the same machine (http.admin_api = loopback).")
-
-
-def _is_local(request: web.Request) -> bool:
-    """Whether the connection comes from this machine. Headers that proxies set are not looked at: anybody can set them."""
-    peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-    if not isinstance(peer, tuple):
-        return False
-    try:
-        address = ipaddress.ip_address(str(peer[0]).partition("%")[0])  # pyright: ignore[reportUnknownArgumentType]  # of a socket
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def _entry(model: str, thresholds: Thresholds) -> dict[str, Any]:

@@ -35,12 +35,35 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
     tls_cert_path: Annotated[Path | None, Setting(doc="PEM certificate chain of the server", dyn="DYN_TLS_CERT_PATH")] = None
     tls_key_path: Annotated[Path | None, Setting(doc="PEM key of the certificate", dyn="DYN_TLS_KEY_PATH")] = None
 
+    api_keys_path: Annotated[
+        Path | None,
+        Setting(
+            doc="file of the API keys that clients need (docs/api-keys.md), read again when it changes; none: nobody needs one"
+        ),
+    ] = None
+    api_key_shares: Annotated[
+        int,
+        Setting(
+            doc="frontend processes that clients are spread over: each gives this part of the limits of a key; "
+            "`stator serve` knows its own",
+            ge=1,
+            le=4096,
+        ),
+    ] = 1
+
     body_limit: Annotated[
         int, Setting(doc="largest request body", unit="bytes", dyn="DYN_HTTP_BODY_LIMIT_MB", dyn_read=_mebibytes, ge=1)
     ] = 45 * _MIB
     body_budget: Annotated[int, Setting(doc="all bodies being received at one time", unit="bytes", ge=1)] = 512 * _MIB
     header_limit: Annotated[int, Setting(doc="longest request line or header field", unit="bytes", ge=256, le=_MIB)] = 16 * 1024
     header_count: Annotated[int, Setting(doc="most header fields of a request", ge=8, le=10_000)] = 128
+
+    head_limit: Annotated[
+        int, Setting(doc="longest request head, its line and all fields together", unit="bytes", ge=1024, le=16 * _MIB)
+    ] = 64 * 1024
+    max_connections: Annotated[
+        int, Setting(doc="client connections at one time, idle ones included; more are answered 503 and closed", ge=1)
+    ] = 16_384
 
     header_timeout: Annotated[
         float, Setting(doc="from the first byte of a request to the end of its headers", unit="s", gt=0)
@@ -136,6 +159,8 @@ class FrontendConfig(Config, frozen=True, kw_only=True):
                 f"host {self.host!r} is reachable from other machines over plain HTTP: give tls_cert_path and tls_key_path, "
                 "or allow it with insecure_bind (--insecure-bind)"
             )
+        if self.head_limit < self.header_limit:
+            raise ConfigError(f"head_limit {self.head_limit} is smaller than header_limit {self.header_limit}")
         if self.body_budget < self.body_limit:
             raise ConfigError(f"body_budget {self.body_budget} is smaller than body_limit {self.body_limit}")
 

@@ -1,7 +1,8 @@
 """One client connection: aiohttp's protocol with the deadlines it lacks, and JSON in every error.
 
 Two clients could hold a connection for ever: one that never finishes its request head, and one that never reads its answer.
-Both are watched here, below the handlers, so that no handler, unary or streaming, needs a timer per write.
+Both are watched here, below the handlers, so that no handler, unary or streaming, needs a timer per write. What many clients hold
+together before anybody knows who they are is bounded by the number of connections and the size of a head.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import logging
 from struct import unpack
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 
@@ -22,7 +23,7 @@ try:
 except ImportError:  # outside Unix nobody knows what the kernel holds
     fcntl = termios = None
 
-__all__ = ["HttpConnection"]
+__all__ = ["Connections", "HttpConnection"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,34 @@ _LINGER = 1.0
 
 _HEAD_TIMEOUT = Failure(status=408, message="The request headers did not arrive in time.", code="request_timeout")
 _HEAD_TOO_LONG = Failure(status=431, message="The request line or a header field is too long.", code="headers_too_large")
+_HEAD_TOO_LARGE = Failure(status=431, message="The request head is too large.", code="headers_too_large")
+_TOO_MANY = Failure(
+    status=503, message="The frontend has too many connections.", type="server_error", code="overloaded", retry=True
+)
+
+
+class Connections:
+    """How many there are, of `limit`."""
+
+    __slots__ = ("limit", "open")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.open = 0
 
 
 class HttpConnection(web.RequestHandler):
-    """aiohttp's connection, plus: 408 for a slow request head, an abort for a client that takes no bytes, parse errors as JSON.
+    """aiohttp's connection, plus: 408 for a slow request head, 431 for a large one, an abort for a client that takes no bytes, 503 for
+    one too many, parse errors as JSON.
 
     TCP_NODELAY is on (aiohttp sets it on every connection), so that the first token is never held back for an ACK.
     """
 
-    __slots__ = ("_config", "_head_timer", "_unsent", "_wire", "_write_timer")
+    __slots__ = ("_all", "_config", "_head_size", "_head_timer", "_payload", "_unsent", "_wire", "_write_timer")
 
-    def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, config: FrontendConfig) -> None:
+    def __init__(
+        self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, config: FrontendConfig, connections: Connections
+    ) -> None:
         super().__init__(
             manager,
             loop=loop,
@@ -53,6 +71,9 @@ class HttpConnection(web.RequestHandler):
             lingering_time=5.0,
         )
         self._config = config
+        self._all = connections
+        self._head_size = 0
+        self._payload: StreamReader | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._wire: asyncio.Transport | None = None
@@ -61,8 +82,13 @@ class HttpConnection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._wire = cast(asyncio.Transport, transport)  # uvloop's are no subclass
         super().connection_made(transport)
+        self._all.open += 1
+        if self._all.open > self._all.limit:
+            self._refuse(b"503 Service Unavailable", _TOO_MANY)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._wire is not None:
+            self._all.open -= 1
         self._wire = None
         self._cancel(self._head_timer)
         self._cancel(self._write_timer)
@@ -76,16 +102,26 @@ class HttpConnection(web.RequestHandler):
     # --- the request head -------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        between_requests = not self._messages and not self._request_in_progress
+        # A body may go on to arrive when its request is not in progress: just before, and after an answer that did not wait for it.
+        in_body = self._payload is not None and not self._payload.is_eof()
+        between_requests = not (self._messages or self._request_in_progress or in_body)
         super().data_received(data)
+        if self._messages:
+            self._payload = self._messages[-1][1]
+            self._head_size = 0
         if not between_requests or not data:
             self._tell_handler_of_bad_body()
             return
         if self._messages:
             self._cancel(self._head_timer)
             self._head_timer = None
-        elif self._head_timer is None and not self._force_close:
+            return
+        if self._head_timer is None and not self._force_close:
             self._head_timer = self._loop.call_later(self._config.header_timeout, self._head_is_late)
+        self._head_size += len(data)
+        if self._head_size > self._config.head_limit and not self._close:
+            self._cancel(self._head_timer)
+            self._refuse(b"431 Request Header Fields Too Large", _HEAD_TOO_LARGE)
 
     def _tell_handler_of_bad_body(self) -> None:
         """A bad chunk in a body: aiohttp treats it as a bad next request, while the handler would wait for the rest."""
@@ -99,10 +135,17 @@ class HttpConnection(web.RequestHandler):
         self._head_timer = None
         if self._wire is None or self._request_in_progress or self._messages:
             return
-        body = render(_HEAD_TIMEOUT)
+        self._refuse(b"408 Request Timeout", _HEAD_TIMEOUT)
+
+    def _refuse(self, status: bytes, failure: Failure) -> None:
+        """Answer whatever comes, and end the connection."""
+        if self._wire is None:
+            return
+        body = render(failure)
+        retry = b"Retry-After: %d\r\n" % self._config.retry_after if failure.retry else b""
         self._wire.write(
-            b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nConnection: close\r\n%bContent-Length: %d\r\n\r\n%b"
+            % (status, retry, len(body), body)
         )
         # Closing at once would reset the connection if more bytes are on their way, and the client might never read the answer.
         if self._wire.can_write_eof():
@@ -167,7 +210,8 @@ class HttpConnection(web.RequestHandler):
         elif isinstance(exc, LineTooLong):
             failure = _HEAD_TOO_LONG
         else:
-            logger.debug("not an HTTP request: %s", message)
+            # The message may quote what came, and what came may be a key.
+            logger.debug("not an HTTP request: %s", type(exc).__name__)
             text = (message or "bad request").strip().splitlines()[0][:200]
             failure = Failure(status=status, message=f"The request is not valid HTTP: {text}", code="bad_http")
         response: Any = web.Response(status=failure.status, body=render(failure), content_type="application/json")

@@ -4,7 +4,8 @@ Shape of every error body: `{"error": {"message", "type", "param", "code"}}`. Wh
 wrong inside is told by kind and request id only, the log has the rest under the same id.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,7 +22,17 @@ from stator.errors import (
 )
 from stator.llm.openai import InvalidRequest
 
-__all__ = ["DRAINING", "Failure", "Rejected", "describe", "model_not_found", "overloaded", "render"]
+__all__ = [
+    "DRAINING",
+    "Failure",
+    "Rejected",
+    "describe",
+    "model_not_found",
+    "overloaded",
+    "rate_limited",
+    "render",
+    "unauthorized",
+]
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +48,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """the answer carries Retry-After"""
     retry_after: int = 0
     """what it says, in seconds; 0: what `http.retry_after` says"""
+    headers: tuple[tuple[str, str], ...] = ()
+    """what else stands in the head of the answer"""
 
     def as_error(self) -> dict[str, Any]:
         """The object under `error`."""
@@ -110,6 +123,44 @@ def overloaded(text: str, *, retry_after: int, status: int = Overloaded.http_sta
         retry=True,
         retry_after=retry_after,
     )
+
+
+_HAIR = 1e-6
+"""seconds: no more than rounding makes of a wait"""
+
+
+def rate_limited(text: str, *, kind: Literal["requests", "tokens"], wait: float | None) -> Failure:
+    """429 as OpenAI answers it; `text` says which limit it is, `wait` after how many seconds there is room (None: never)."""
+    if wait is None:
+        message, headers = f"{text}, more than the limit ever allows.", (("x-should-retry", "false"),)
+    else:
+        message = f"{text}; try again in {wait:.3g} s."
+        headers = (
+            ("retry-after-ms", str(math.ceil((wait - _HAIR) * 1000) + 1)),
+        )  # the official clients prefer it to whole seconds
+    return Failure(
+        status=429,
+        message=message,
+        type=kind,
+        code="rate_limit_exceeded",
+        label="rate_limit",
+        retry=wait is not None,
+        retry_after=max(1, math.ceil((wait or 0.0) - _HAIR)),
+        headers=headers,
+    )
+
+
+_UNAUTHORIZED = {
+    "missing": ("missing_api_key", "No API key was given. Send it in the header `Authorization: Bearer YOUR_KEY`."),
+    "invalid": ("invalid_api_key", "The API key is not valid."),
+    "expired": ("expired_api_key", "The API key has expired."),
+}
+
+
+def unauthorized(reason: str) -> Failure:
+    """401: the key is `missing`, `invalid` or `expired`. What was given as a key is not repeated."""
+    code, message = _UNAUTHORIZED[reason]
+    return Failure(status=401, message=message, code=code, label="unauthorized", headers=(("WWW-Authenticate", "Bearer"),))
 
 
 def model_not_found(model: str) -> Failure:

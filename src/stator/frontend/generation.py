@@ -60,6 +60,8 @@ class Generation:
         ticket = http[TICKET]
         ticket.endpoint = self._api.endpoint
         ticket.trace = self._state.log.trace_of(http.headers)
+        if ticket.account is not None:
+            ticket.grant = ticket.account.begin(self._state.clock.monotonic())
         self._state.admit(ticket)
         try:
             await self._state.turnstile.enter()
@@ -80,6 +82,8 @@ class Generation:
                 self._note_invalid(data, ticket)
                 raise
             served = self._note(ticket, request.model, stream=bool(request.stream))
+            if ticket.account is not None:
+                ticket.account.check_model(request.model)
             if served is None or ticket.meter is None:
                 raise Rejected(model_not_found(request.model))
             calls = self._check(served, request)
@@ -88,6 +92,7 @@ class Generation:
                 request.service_tier if isinstance(request, ChatRequest) else None,
                 salt=state.tenant_salt,
                 priorities=state.config.queue_priorities,
+                account=ticket.account,
             )
             admission = ticket.admission = state.admissions.enter(served, caller, calls=calls)
             choices = await self._prepare(served, request, ticket, large=len(data) >= _LARGE)
@@ -165,7 +170,11 @@ class Generation:
                 prompts = await asyncio.to_thread(_preprocess, timing.preprocessor, request)
             else:
                 prompts = _preprocess(timing.preprocessor, request)
-        meter.prompt(sum(len(prompt.token_ids) for prompt in prompts), now() - begin, timing)
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        meter.prompt(tokens, now() - begin, timing)
+        if ticket.grant is not None:
+            ticket.grant.prompt(tokens, now())
+            meter.on_tokens = ticket.grant.generated
         return make_choices(served, prompts, n=request.n or 1, request_id=ticket.id)
 
     async def _stream(
@@ -174,6 +183,8 @@ class Generation:
         """Errors before the first event are raised; later ones become an event that ends the stream."""
         state, silence = self._state, self._state.config.silence
         headers = {"x-request-id": ticket.shown_id, "Server": SERVER}
+        if ticket.account is not None:
+            headers |= ticket.account.headers(state.clock.monotonic())
         async with EventStream(http, headers=headers, scope=state.scope, wheel=state.wheel, silence=silence) as events:
             streamed.events = events
             error: Exception | None = None

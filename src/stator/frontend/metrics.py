@@ -181,6 +181,7 @@ class RequestMeter:
         "first_token",
         "input_tokens",
         "last_token",
+        "on_tokens",
         "output_tokens",
     )
 
@@ -192,6 +193,8 @@ class RequestMeter:
         self._waiting = True
         self._worker: tuple[int, WorkerType | None] = (0, None)
         self._gap = 0.0
+        self.on_tokens: Callable[[int, float], None] | None = None
+        """told of each flush: how many tokens, and when"""
         self.first_token = 0.0
         self.last_token = 0.0
         self.input_tokens = 0
@@ -232,6 +235,8 @@ class RequestMeter:
         model = self._model
         model.tokens.value += tokens
         self.output_tokens += tokens
+        if self.on_tokens is not None:
+            self.on_tokens(tokens, now)
         if self._waiting:
             self._waiting = False
             model.queued.dec()

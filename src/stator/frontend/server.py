@@ -11,8 +11,9 @@ from typing import Self
 from aiohttp import web
 
 from stator.errors import ConfigError
+from stator.frontend.certificate import Certificate
 from stator.frontend.config import FrontendConfig
-from stator.frontend.connection import HttpConnection
+from stator.frontend.connection import Connections, HttpConnection
 from stator.frontend.errors import DRAINING, Rejected
 from stator.frontend.state import STATE
 
@@ -85,14 +86,15 @@ class FrontendServer:
     async def start(self) -> None:
         """Accept connections from now on. When it fails or is cancelled, nothing is left behind."""
         try:
-            if self._ssl is None and self._config.tls_cert_path is not None:
-                self._ssl = _tls(self._config)
             await self._runner.setup()
+            if self._ssl is None:
+                self._ssl = await self._certificate()
             manager = self._runner.server
             assert manager is not None
             loop = asyncio.get_running_loop()
+            connections = Connections(self._config.max_connections)
             self._listener = await loop.create_server(
-                lambda: HttpConnection(manager, loop=loop, config=self._config),
+                lambda: HttpConnection(manager, loop=loop, config=self._config, connections=connections),
                 sock=self._socket,
                 ssl=self._ssl,
                 backlog=_BACKLOG,
@@ -101,6 +103,15 @@ class FrontendServer:
         except BaseException:
             await self.aclose()
             raise
+
+    async def _certificate(self) -> ssl.SSLContext | None:
+        """The context of the certificate in the settings, followed from now on; None without one."""
+        if self._config.tls_cert_path is None:
+            return None
+        state = self._app[STATE]
+        certificate = await Certificate.open(self._config, state.clock)
+        state.scope.spawn(certificate.follow(), name="certificate")
+        return certificate.context
 
     async def drain(self) -> None:
         """Refuse new requests with 503 and wait for the running ones, at most `graceful_shutdown` seconds. `/metrics` stays."""
@@ -136,13 +147,3 @@ class FrontendServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _tls(config: FrontendConfig) -> ssl.SSLContext:
-    assert config.tls_cert_path is not None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_cert_path, config.tls_key_path)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot use {config.tls_cert_path} with {config.tls_key_path}: {error}") from error
-    return context

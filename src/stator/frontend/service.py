@@ -6,7 +6,8 @@ import msgspec
 from aiohttp import web
 
 from stator.frontend.errors import Rejected, model_not_found
-from stator.frontend.state import STATE
+from stator.frontend.key_account import KeyAccount
+from stator.frontend.state import STATE, TICKET
 from stator.llm.served import ServedModel
 from stator.telemetry import CONTENT_TYPE
 
@@ -24,14 +25,27 @@ def _entry(served: ServedModel) -> dict[str, Any]:
     return entry
 
 
+def _account(request: web.Request) -> KeyAccount | None:
+    return request[TICKET].account
+
+
 async def models(request: web.Request) -> web.Response:
-    """`GET /v1/models`: what has a worker now."""
-    return _json({"object": "list", "data": [_entry(served) for served in request.app[STATE].source.models()]})
+    """`GET /v1/models`: what has a worker now, and the API key allows."""
+    account = _account(request)
+    models = request.app[STATE].source.models()
+    return _json(
+        {
+            "object": "list",
+            "data": [_entry(served) for served in models if account is None or account.record.allows(served.name)],
+        }
+    )
 
 
 async def model(request: web.Request) -> web.Response:
     """`GET /v1/models/{id}`; the id may contain slashes."""
     name = request.match_info["id"]
+    if (account := _account(request)) is not None:
+        account.check_model(name)
     served = request.app[STATE].source.get(name)
     if served is None:
         raise Rejected(model_not_found(name))

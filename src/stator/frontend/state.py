@@ -16,6 +16,8 @@ from stator.frontend.admissions import Admissions
 from stator.frontend.body import BodyReader
 from stator.frontend.config import FrontendConfig
 from stator.frontend.errors import DRAINING, Failure, Rejected, overloaded
+from stator.frontend.key_metrics import KeyMetrics
+from stator.frontend.key_ring import KeyRing
 from stator.frontend.metrics import UNKNOWN_MODEL, FrontendMetrics
 from stator.frontend.ticket import Ticket
 from stator.frontend.turnstile import Turnstile
@@ -59,6 +61,11 @@ class FrontendState:
             refuse=self.refusal,
         )
         metrics.page.on_update(self.admissions.show)
+        self.keys: KeyRing | None = None
+        """the API keys in force; None: nobody is asked for one"""
+        if config.api_keys_path is not None:
+            keys = KeyMetrics(metrics.page)
+            self.keys = KeyRing(config.api_keys_path, clock=clock, shares=config.api_key_shares, metrics=keys)
         self.draining = False
         self.running: dict[str, Ticket] = {}
         """requests to the models, by id"""
@@ -70,6 +77,12 @@ class FrontendState:
     def wheel(self) -> DeadlineWheel:
         """The deadlines of all requests. First asked for on the event loop."""
         return DeadlineWheel(asyncio.get_running_loop())
+
+    async def open(self) -> None:
+        """Read the API keys, and follow their file from now on. Raises `ConfigError` if it cannot be read."""
+        if self.keys is not None:
+            await self.keys.open()
+            self.scope.spawn(self.keys.follow(), name="api keys")
 
     async def aclose(self) -> None:
         """End what belongs to no single request."""

@@ -8,6 +8,7 @@ from uuid import UUID
 from stator.errors import StatorError
 from stator.frontend.errors import Failure
 from stator.frontend.gate import Admission
+from stator.frontend.key_account import Grant, KeyAccount
 from stator.frontend.metrics import RequestMeter
 from stator.telemetry import TraceContext, request_id_of
 
@@ -23,10 +24,12 @@ class Ticket:
     __slots__ = (
         "_task",
         "aborted",
+        "account",
         "admission",
         "began",
         "endpoint",
         "failure",
+        "grant",
         "id",
         "meter",
         "model",
@@ -50,6 +53,10 @@ class Ticket:
         self.failure: Failure | None = None
         self.admission: Admission | None = None
         """its place at the workers, or in the queue before them"""
+        self.account: KeyAccount | None = None
+        """that of its API key, where keys are asked for"""
+        self.grant: Grant | None = None
+        """what its key lets it use"""
         self.trace: TraceContext | None = None
         self.aborted: StatorError | None = None
         self._task: asyncio.Task[object] | None = None
