@@ -31,6 +31,7 @@ __all__ = [
     "describe",
     "device_type",
     "load",
+    "personal_kubeconfig",
     "pod_ip",
     "user_root",
     "wants_color",
@@ -151,6 +152,13 @@ def pod_ip(env: Environment | None = None) -> str | None:
     """The address Kubernetes gave the pod (downward API), the best one to advertise; None outside a pod."""
     env = os.environ if env is None else env
     return env.get("POD_IP", "").strip() or None
+
+
+def personal_kubeconfig(env: Environment | None = None) -> Path | None:
+    """`~/.kube/config`, where kubectl of this user has its clusters; None if there is none."""
+    env = os.environ if env is None else env
+    path = Path(env["HOME"], ".kube", "config") if env.get("HOME") else None
+    return path if path is not None and path.is_file() else None
 
 
 def wants_color(stream: TextIO, env: Environment | None = None) -> bool:
