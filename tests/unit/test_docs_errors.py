@@ -29,6 +29,7 @@ MET_BY = {
         "loopback/test_native_dialling.py",
         "test_another_process_at_the_address_is_a_failed_connect_and_gets_no_request",
     ),
+    "NotTrusted": ("faults/test_security_refusals.py", "test_a_secret_that_does_not_fit"),
     "StreamIncomplete": ("loopback/test_runtime_retries.py", "test_a_worker_that_dies_after_the_first_item_is_an_error"),
     "Timeout": ("loopback/test_compatible_client.py", "test_no_acknowledgement"),
     "Cancelled": ("loopback/test_runtime_serve_call.py", "test_killing_a_context_ends_its_request_before_the_first_item"),

@@ -3,7 +3,7 @@
 import ipaddress
 from typing import Annotated, Literal
 
-from stator.config import Config, Setting
+from stator.config import Config, Secret, Setting
 from stator.errors import ConfigError
 from stator.transports.inbox import PhaseLimits
 
@@ -27,6 +27,10 @@ def _event_plane(text: str) -> str:
     if text not in ("nats", "zmq"):
         raise ValueError("expected nats or zmq")
     return text
+
+
+_SHORTEST_SECRET = 16
+"""characters: who listens to a handshake may try secrets at leisure"""
 
 
 def is_wildcard(host: str) -> bool:
@@ -80,6 +84,13 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
         str, Setting(doc="address that others reach us at; default: the pod's, or the one bound to, or the routable one")
     ] = ""
     insecure_bind: Annotated[bool, Setting(doc="allow listening beyond loopback without secret or TLS")] = False
+    cluster_secret: Annotated[
+        Secret | None,
+        Setting(doc="what all processes of the cluster prove to each other on the native plane; at least 16 characters"),
+    ] = None
+    compatible: Annotated[
+        bool, Setting(doc="speak the compatible planes, which prove nothing, although a cluster secret is set")
+    ] = False
     connect_timeout: Annotated[float | None, Setting(doc="wait for a connection", unit="s", gt=0)] = 3.0
     accept_timeout: Annotated[
         float | None, Setting(doc="wait for the worker to take the request", unit="s", gt=0, dyn="DYN_TCP_REQUEST_TIMEOUT")
@@ -116,6 +127,19 @@ class RuntimeConfig(Config, frozen=True, kw_only=True):
             raise ConfigError("host is empty, which would listen everywhere; name an address, 0.0.0.0 if it is meant")
         if self.advertise_host and is_wildcard(self.advertise_host):
             raise ConfigError(f"advertise_host = {self.advertise_host!r} is a wildcard; others cannot connect to it")
+        if self.cluster_secret is not None and len(self.cluster_secret.reveal()) < _SHORTEST_SECRET:
+            raise ConfigError(
+                f"cluster_secret is too short: at least {_SHORTEST_SECRET} characters, better 32 random bytes in hex"
+            )
+        if self.closed and self.plane == "compatible":
+            raise ConfigError(
+                "plane = compatible cannot prove the cluster secret; set compatible (STATOR_COMPATIBLE=true) if it is meant"
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether only planes that prove the cluster secret are spoken."""
+        return self.cluster_secret is not None and not self.compatible
 
     @property
     def limits(self) -> PhaseLimits:

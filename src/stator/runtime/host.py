@@ -8,30 +8,49 @@ from pathlib import Path
 from stator import settings
 from stator.errors import ConfigError
 from stator.runtime.config import RuntimeConfig, is_wildcard
+from stator.security import Tls
 
-__all__ = ["advertised_host", "check_bind", "raise_file_limit", "socket_directory"]
+__all__ = ["advertised_host", "check_bind", "is_loopback", "raise_file_limit", "socket_directory", "warn_of_open_doors"]
 
 logger = logging.getLogger(__name__)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches what listens on `host`; a name other than localhost may be anything."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def check_bind(host: str, *, allowed: bool) -> None:
     """Refuse to listen beyond loopback unless that was allowed (`design.md §7`)."""
-    if allowed or host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not allowed and not is_loopback(host):
         raise ConfigError(
-            f"host = {host!r} is reachable by others and neither a secret nor TLS is set; "
-            "use a loopback address, or allow it with insecure_bind (STATOR_INSECURE_BIND=true)"
+            f"host = {host!r} is reachable by others and neither a secret nor TLS is set; use a loopback address, set "
+            "cluster_secret (STATOR_CLUSTER_SECRET) or certificates (STATOR_TLS_CERT_PATH, `stator certs init`), "
+            "or allow it with insecure_bind (STATOR_INSECURE_BIND=true)"
         )
 
 
-def advertised_host(config: RuntimeConfig) -> str:
-    """The address to write into records: the setting, the pod's, the one bound to, or the routable one for a wildcard."""
-    check_bind(config.host, allowed=config.insecure_bind)
+def warn_of_open_doors(config: RuntimeConfig, tls: Tls | None) -> None:
+    """Say what of a process that listens beyond loopback anybody may use."""
+    if is_loopback(config.host):
+        return
+    if config.cluster_secret is None and not (tls is not None and tls.mutual):
+        logger.warning(
+            "whoever reaches %s may send requests: set a cluster secret, or mutual TLS (tls.client_ca_cert_path)", config.host
+        )
+    elif tls is None:
+        logger.warning("what is said on %s can be read by others on its way: set certificates (tls.cert_path)", config.host)
+
+
+def advertised_host(config: RuntimeConfig, tls: Tls | None = None) -> str:
+    """The address to write into records: the setting, the pod's, the one bound to, or the routable one for a wildcard.
+
+    Raises `ConfigError` for one beyond loopback that is not allowed: TLS allows it, and a secret where every plane proves it.
+    """
+    check_bind(config.host, allowed=config.insecure_bind or config.closed or tls is not None)
     if config.advertise_host:
         return config.advertise_host
     if not is_wildcard(config.host):

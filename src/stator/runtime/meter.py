@@ -11,6 +11,7 @@ from stator.clock import Clock
 from stator.health import canary_outcomes
 from stator.protocol.ids import EndpointId
 from stator.runtime.admission import Admission
+from stator.security import Refusals
 from stator.telemetry import (
     Counter,
     Family,
@@ -50,6 +51,13 @@ class ProcessMeter:
         self.admission = admission
         self._levels: dict[tuple[str, ...], MetricsLevel] = {(): root}
         self.traffic = Traffic()
+        self.refusals = Refusals()
+        self._refused = root.counters(
+            "stator_connections_refused_total",
+            "Connections not made because one side does not trust the other",
+            ("side", "reason"),
+        )
+        root.on_update(self._show_refusals)
         self._worker: WorkerProcessMetrics | None = None
         self._calls: CallMeter | None = None
         self._received: Family[Counter] | None = None
@@ -87,6 +95,10 @@ class ProcessMeter:
         if self._canaries is None:
             self._canaries = canary_outcomes(self.root)
         return self._canaries
+
+    def _show_refusals(self) -> None:
+        for labels, count in self.refusals.counts.items():
+            self._refused.labels(*labels).value = count
 
     def _show_admission(self) -> None:
         """A gauge per request would be work for each of them; the admission knows the numbers."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from stator.errors import ConfigError, ConnectFailed, StatorError, Timeout, UsageError
+from stator.errors import ConfigError, ConnectFailed, NotTrusted, StatorError, Timeout, UsageError
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.transports.inbox import Inbox
@@ -35,8 +35,8 @@ class PlaneChoice(msgspec.Struct, frozen=True, kw_only=True):
 class Network:
     """Opens planes on first use and closes them together.
 
-    Fallback (`design.md §4`): only when nothing was sent, only on refused, timeout or no common version; one warning per
-    instance; the better plane is tried again after `retry` seconds. `fallbacks` counts by reason.
+    Fallback (`design.md §4`): only when nothing was sent, only on refused, timeout or no common version, never for want of trust; one
+    warning per instance; the better plane is tried again after `retry` seconds. `fallbacks` counts by reason.
     """
 
     def __init__(self, choice: PlaneChoice, host: PlaneHost, *, retry: float) -> None:
@@ -101,7 +101,7 @@ class Network:
                 return
             except (ConnectFailed, Timeout) as failure:
                 self._known.pop(record.instance_id, None)
-                if not self._may_fall_back(self._choice.planes[0], record, inbox):
+                if not self._may_fall_back(self._choice.planes[0], record, inbox, failure):
                     raise
                 self._avoid(self._choice.planes[0], record, failure)
                 inbox.changed()  # the limit for connecting begins again
@@ -115,7 +115,7 @@ class Network:
             try:
                 await client.open(record, envelope, inbox)
             except (ConnectFailed, Timeout) as failure:
-                if not self._may_fall_back(plane, record, inbox):
+                if not self._may_fall_back(plane, record, inbox, failure):
                     raise
                 self._avoid(plane, record, failure)
                 inbox.changed()
@@ -140,9 +140,9 @@ class Network:
                     client = self._clients[plane.name] = await plane.connect(self._host)
         return client
 
-    def _may_fall_back(self, plane: Plane, record: EndpointRecord, inbox: Inbox) -> bool:
+    def _may_fall_back(self, plane: Plane, record: EndpointRecord, inbox: Inbox, failure: StatorError) -> bool:
         """Whether a later plane could reach the instance, and the request still wants it."""
-        if not self._choice.fall_back or inbox.ended or self._closed:
+        if not self._choice.fall_back or inbox.ended or self._closed or isinstance(failure, NotTrusted):
             return False
         later = self._choice.planes[self._choice.planes.index(plane) + 1 :]
         return any(each.reaches(record) for each in later)
@@ -197,11 +197,18 @@ class Network:
             await server.aclose()
 
 
-def choose_planes(name: str, request_plane: str, load: Callable[[str], Any]) -> PlaneChoice:
-    """The planes that the settings `plane` and `request_plane` mean; `load` finds a plug-in by name."""
+def choose_planes(
+    name: str, request_plane: str, load: Callable[[str], Any], *, secret: bool = False, closed: bool = False
+) -> PlaneChoice:
+    """The planes that the settings `plane` and `request_plane` mean; `load` finds a plug-in by name.
+
+    With a `secret` no plane takes the place of another; `closed`: only the one that proves the secret is used at all.
+    """
+    if closed and name in ("auto", "native"):
+        name = "native"
     callers = {"auto": ("native", *_COMPATIBLE), "native": ("native",), "compatible": _COMPATIBLE}.get(name)
     if callers is None:
         raise ConfigError(f"plane = {name!r}: expected auto, native, compatible or memory")
     planes = {each: load(each)() for each in callers}
     listening = tuple(planes[each] for each in callers if each in ("native", request_plane))
-    return PlaneChoice(planes=tuple(planes.values()), listening=listening, fall_back=name == "auto")
+    return PlaneChoice(planes=tuple(planes.values()), listening=listening, fall_back=name == "auto" and not secret)

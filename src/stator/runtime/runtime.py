@@ -26,7 +26,7 @@ from stator.runtime.config import RuntimeConfig
 from stator.runtime.discovery_choice import choose_discovery, discovery_name
 from stator.runtime.engine import Generate
 from stator.runtime.event_plane import OpenEvents, choose_event_plane
-from stator.runtime.host import advertised_host, raise_file_limit, socket_directory
+from stator.runtime.host import advertised_host, raise_file_limit, socket_directory, warn_of_open_doors
 from stator.runtime.meter import ProcessMeter
 from stator.runtime.network import Network, PlaneChoice, choose_planes
 from stator.runtime.plugins import check_settings, load_plugin
@@ -34,6 +34,7 @@ from stator.runtime.served import ServedEndpoint
 from stator.runtime.services import RequestIds, Services, ViewsObserver
 from stator.runtime.signals import shutdown_event
 from stator.runtime.view import InstanceView
+from stator.security import Tls, TlsConfig
 from stator.tasks import DeadlineWheel, Scope, SystemClock
 from stator.telemetry import LoopDelay, MetricsLevel
 from stator.transports.memory import MemoryNetwork, MemoryPlane
@@ -80,9 +81,10 @@ class Runtime:
             own["plane"] = plane
         if isinstance(event_plane, str):
             own["event_plane"] = event_plane
-        prepared = await asyncio.to_thread(_prepare, discovery, plane, event_plane, own, sections)
-        config, planes = prepared.config, prepared.planes
         clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
+        prepared = await asyncio.to_thread(_prepare, discovery, plane, event_plane, own, sections, clock)
+        config, planes, tls = prepared.config, prepared.planes, prepared.tls
+        warn_of_open_doors(config, tls)
         raise_file_limit()
         async with AsyncExitStack() as stack:
             found = await stack.enter_async_context(
@@ -100,12 +102,15 @@ class Runtime:
             host = PlaneHost(
                 process=f"{random.getrandbits(128):032x}",
                 bind_host=config.host,
-                advertise_host=advertised_host(config),
+                advertise_host=advertised_host(config, tls),
                 socket_directory=await asyncio.to_thread(socket_directory),
                 wheel=wheel,
                 clock=clock,
                 random=random,
                 observer=ViewsObserver(views),
+                tls=tls,
+                secret=config.cluster_secret,
+                refusals=meter.refusals,
                 traffic=meter.traffic,
                 input_timeout=config.input_timeout,
                 overrides=sections,
@@ -152,6 +157,8 @@ class Runtime:
             )
             stack.push_async_callback(events.aclose)
             scope = await stack.enter_async_context(Scope("runtime"))
+            if tls is not None:
+                scope.spawn(tls.follow(), name="certificates")
             services = Services(
                 config=config,
                 routing=prepared.routing,
@@ -300,6 +307,7 @@ class _Prepared(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionConfig
     health: HealthConfig
     planes: PlaneChoice
+    tls: Tls | None
     events: EventsConfig
     open_events: OpenEvents
 
@@ -310,6 +318,7 @@ def _prepare(
     event_plane: str | MemoryBus | None,
     own: Mapping[str, Any],
     sections: Mapping[str, Any],
+    clock: Clock,
 ) -> _Prepared:
     """All that reads the disk: the settings file, what is installed, the modules of the planes. Not for the event loop."""
     check_settings()
@@ -317,12 +326,14 @@ def _prepare(
     health = settings.load(HealthConfig, _of_section("health", sections))
     if health.port >= 0:
         importlib.import_module("stator.health.server")
+    tls = settings.load(TlsConfig, _of_section("tls", sections))
     return _Prepared(
         config=config,
         routing=settings.load(RoutingConfig, _of_section("routing", sections)),
         admission=settings.load(AdmissionConfig, _of_section("admission", sections)),
         health=health,
         planes=_planes(plane, config),
+        tls=Tls(tls, clock=clock) if tls.enabled else None,
         events=settings.load(EventsConfig, _of_section("events", sections)),
         open_events=choose_event_plane(
             event_plane if isinstance(event_plane, MemoryBus) else config.event_plane,
@@ -349,7 +360,15 @@ def _planes(plane: str | MemoryNetwork | None, config: RuntimeConfig) -> PlaneCh
     if isinstance(plane, MemoryNetwork) or config.plane == "memory":
         network = plane if isinstance(plane, MemoryNetwork) else MemoryNetwork()
         return PlaneChoice(planes=(MemoryPlane(network),), fall_back=False)
-    return choose_planes(config.plane, config.request_plane, lambda name: load_plugin("stator.transports", name))
+    if config.closed and config.request_plane != "tcp":
+        logger.info("request_plane = %s is not used: a cluster secret is set, and compatible is not", config.request_plane)
+    return choose_planes(
+        config.plane,
+        config.request_plane,
+        lambda name: load_plugin("stator.transports", name),
+        secret=config.cluster_secret is not None,
+        closed=config.closed,
+    )
 
 
 @asynccontextmanager

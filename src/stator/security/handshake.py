@@ -17,6 +17,10 @@ _ALERTS = {
         "the other side demands a certificate; set tls.cert_path or client_cert_path",
     ),
     "TLSV1_ALERT_UNKNOWN_CA": ("untrusted", "the other side does not know the authority of our certificate"),
+    "TLSV1_ALERT_DECRYPT_ERROR": (
+        "untrusted",
+        "our certificate is not of the authority that the other side knows by that name",
+    ),
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": ("untrusted", "the other side does not accept our certificate"),
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": ("untrusted", "our certificate is not one for this use"),
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": ("expired", "the other side says that our certificate has expired"),

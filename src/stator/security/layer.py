@@ -264,7 +264,6 @@ class TlsTransport(asyncio.Transport):
         self._layer = layer
         assert layer.transport is not None
         self._below = layer.transport
-        self.write: Callable[[Any], None] = layer.write  # the token path: no call in between
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """As the loops' own TLS transports have it."""
@@ -314,6 +313,9 @@ class TlsTransport(asyncio.Transport):
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
         return self._below.get_write_buffer_limits()
+
+    def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
+        self._layer.write(data)
 
     def writelines(self, list_of_data: Any) -> None:
         self.write(b"".join(list_of_data))

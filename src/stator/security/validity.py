@@ -33,7 +33,7 @@ def read_validity(pem: str) -> Validity:
         raise ValueError("no certificate found")
     try:
         return _validity(ssl.PEM_cert_to_DER_cert(pem[start : end + len(_END)]))
-    except (IndexError, UnicodeDecodeError) as error:
+    except (IndexError, StopIteration, UnicodeDecodeError) as error:
         raise ValueError("not a certificate") from error
 
 

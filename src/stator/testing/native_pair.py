@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from stator.config import Secret
 from stator.protocol.envelope import IncomingRequest, RequestEnvelope
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.client import ClientSession, ClientStream
 from stator.protocol.native.frames import FrameReader
-from stator.protocol.native.hello import Hello, Limits
+from stator.protocol.native.hello import PROVES, Hello, Limits
 from stator.protocol.native.inputs import InputSender
 from stator.protocol.native.liveness import CLIENT_LIMITS, WORKER_LIMITS
 from stator.protocol.native.server import ServerSession, ServerStream
@@ -97,6 +98,9 @@ class NativePair:
         server_limits: Limits | None = None,
         greet: bool = True,
         record: bool = True,
+        client_secret: str = "",
+        server_secret: str = "",
+        nonces: tuple[str, str] = ("1" * 32, "2" * 32),
     ) -> None:
         self.calls: list[Call] = []
         self.unreadable: list[int] = []
@@ -107,7 +111,13 @@ class NativePair:
         """called for each request; may raise"""
         self.away = 0
         self.client = ClientSession(
-            hello=Hello(process=CLIENT_PROCESS, role="client", limits=client_limits or Limits()),
+            hello=Hello(
+                process=CLIENT_PROCESS,
+                role="client",
+                limits=client_limits or Limits(),
+                features=PROVES if client_secret else 0,
+                nonce=nonces[0] if client_secret else "",
+            ),
             limits=CLIENT_LIMITS,
             now=0.0,
             wake=_nothing,
@@ -115,9 +125,16 @@ class NativePair:
             greeted=_nothing,
             budget=self.client_budget,
             away=self._went_away,
+            secret=Secret(client_secret) if client_secret else None,
         )
         self.server = ServerSession(
-            hello=Hello(process=WORKER_PROCESS, role="worker", limits=server_limits or Limits()),
+            hello=Hello(
+                process=WORKER_PROCESS,
+                role="worker",
+                limits=server_limits or Limits(),
+                features=PROVES if server_secret else 0,
+                nonce=nonces[1] if server_secret else "",
+            ),
             limits=WORKER_LIMITS,
             now=0.0,
             wake=_nothing,
@@ -125,6 +142,7 @@ class NativePair:
             greeted=_nothing,
             budget=self.server_budget,
             lookup=lambda path: None if path == "unknown" else self,
+            secret=Secret(server_secret) if server_secret else None,
         )
         self.up = Wire(self.client, self.server, record=record)
         self.down = Wire(self.server, self.client, record=record)

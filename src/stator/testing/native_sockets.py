@@ -9,11 +9,13 @@ from typing import Any, Self
 
 import msgspec
 
+from stator.config import Secret
 from stator.errors import ConnectFailed
 from stator.protocol.native.frames import CRITICAL, HELLO, FrameReader, frame
 from stator.protocol.native.hello import Hello
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
 from stator.runtime.engine import Handler
+from stator.security import Tls
 from stator.tasks import DeadlineWheel, SystemClock
 from stator.testing.native_pair import CLIENT_PROCESS, WORKER_PROCESS, Frame
 from stator.testing.plane_suite import INSTANCE, Caller, PlanePair
@@ -39,6 +41,8 @@ def plane_host(
     directory: Path | None = None,
     observer: InstanceObserver | None = None,
     wheel: DeadlineWheel | None = None,
+    tls: Tls | None = None,
+    secret: str = "",
 ) -> PlaneHost:
     """What a process on the loopback interface gives to its planes."""
     return PlaneHost(
@@ -50,6 +54,8 @@ def plane_host(
         clock=SystemClock(),
         random=Random(1),
         observer=observer,
+        tls=tls,
+        secret=Secret(secret) if secret else None,
     )
 
 

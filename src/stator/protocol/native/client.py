@@ -5,6 +5,7 @@ from struct import Struct
 
 import msgspec
 
+from stator.config import Secret
 from stator.errors import Disconnected, Overloaded, PeerProtocolError, UsageError
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.native.budget import ByteBudget
@@ -106,8 +107,9 @@ class ClientSession(Session):
         greeted: Callable[[], None],
         budget: ByteBudget,
         away: Callable[[], None] | None = None,
+        secret: Secret | None = None,
     ) -> None:
-        super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted)
+        super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted, secret=secret)
         self.streams: dict[int, ClientStream] = {}
         self.killed: set[int] = set()
         self._budget = budget

@@ -22,6 +22,7 @@ __all__ = [
     "OPEN",
     "PING",
     "PONG",
+    "PROOF",
     "QUEUED",
     "REFUSE",
     "STOP",
@@ -31,8 +32,8 @@ __all__ = [
 ]
 
 # Plain integers, not an enum: they are compared for every frame.
-HELLO, OPEN, ACCEPT, REFUSE, ITEMS, END, CREDIT, STOP, KILL, PING, PONG, GOAWAY, QUEUED = range(1, 14)
-KINDS = range(HELLO, QUEUED + 1)
+HELLO, OPEN, ACCEPT, REFUSE, ITEMS, END, CREDIT, STOP, KILL, PING, PONG, GOAWAY, QUEUED, PROOF = range(1, 15)
+KINDS = range(HELLO, PROOF + 1)
 
 MORE = 0x01
 """flag: the message goes on in the next frame of this kind and stream; a frame with it is full (`MAX_PAYLOAD`)"""

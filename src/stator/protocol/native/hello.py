@@ -8,9 +8,12 @@ from stator.errors import ConnectFailed, PeerProtocolError
 from stator.protocol.native.frames import MAX_PAYLOAD
 from stator.protocol.native.problem import sendable
 
-__all__ = ["VERSION", "Goaway", "Hello", "Limits", "read_goaway", "read_hello"]
+__all__ = ["PROVES", "VERSION", "Goaway", "Hello", "Limits", "read_goaway", "read_hello"]
 
 VERSION = 1
+
+PROVES = 0x01
+"""feature: I have a cluster secret, prove it, and demand the proof of the other side"""
 
 _MAX_HELLO = 4096
 _MAX_REASON = 500
@@ -40,6 +43,11 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     nonce: str = ""
     limits: Limits = Limits()
 
+    @property
+    def proves(self) -> bool:
+        """Whether its sender has a cluster secret."""
+        return bool(self.features & PROVES)
+
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 
@@ -59,7 +67,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 class Goaway(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing new on this connection: the last stream taken, and why. Code `unavailable` is a worker that drains; any other code means
-    that the connection ends now.
+    that the connection ends now, `not_trusted` for want of trust.
     """
 
     last: int = 0

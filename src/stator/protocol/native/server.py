@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
+from stator.config import Secret
 from stator.errors import Cancelled, EngineError, Overloaded, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.envelope import IncomingRequest
 from stator.protocol.native.budget import ByteBudget
@@ -164,8 +165,9 @@ class ServerSession(Session):
         lookup: Callable[[str], Sink | None],
         make: Callable[["ServerSession", int, int], ServerStream] = ServerStream,
         make_inputs: Callable[[Session, int], InputReader] = _plain_inputs,
+        secret: Secret | None = None,
     ) -> None:
-        super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted)
+        super().__init__(hello=hello, limits=limits, now=now, wake=wake, hurry=hurry, greeted=greeted, secret=secret)
         self.streams: dict[int, ServerStream] = {}
         self.last = 0
         """the stream id taken last"""

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 
-from stator.errors import ConnectFailed, PeerProtocolError, StatorError, Timeout, Unavailable
+from stator.errors import ConnectFailed, NotTrusted, PeerProtocolError, StatorError, Timeout, Unavailable
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.native.budget import ByteBudget
@@ -49,6 +49,7 @@ class NativeClient:
         self._probe = PulseProbe(host.wheel.loop, host.random)
         limits = Limits(item=config.max_item, request=config.max_request)
         self._host = LineHost(
+            plane=host,
             wheel=host.wheel,
             hello=Hello(process=host.process, role="client", limits=limits),
             limits=LivenessLimits(silence=config.silence, answer=config.suspect_after, dead=config.dead_after),
@@ -125,6 +126,8 @@ class NativeClient:
             if self._closed and (task is None or not task.cancelling()):
                 raise ConnectFailed("the client closed its plane", instance=instance, phase="connect") from None
             raise
+        if isinstance(line, NotTrusted):
+            raise NotTrusted(line.message, reason=line.reason, instance=instance) from line
         if isinstance(line, StatorError):  # shared by all callers: each gets its own
             raise type(line)(line.message, instance=instance, phase="connect") from line
         return line
@@ -137,6 +140,8 @@ class NativeClient:
                 line = await self._connect_somehow(native, instance)
         except TimeoutError:
             return Timeout(f"no connection to {native.address} within {limit} s", instance=instance, phase="connect")
+        except NotTrusted as error:
+            return NotTrusted(f"cannot connect to {native.address}: {error}", reason=error.reason, instance=instance)
         except (OSError, ValueError, PeerProtocolError) as error:  # a ValueError is about the address itself
             return ConnectFailed(f"cannot connect to {native.address}: {error}", instance=instance, phase="connect")
         if line.session is not None:
@@ -153,6 +158,8 @@ class NativeClient:
             try:
                 async with asyncio.timeout(self._config.connect_timeout * _UNIX_SHARE):
                     return await self._greeted(native, instance, unix=True)
+            except NotTrusted:
+                raise  # it is the right process, and has no other secret elsewhere
             except (OSError, ValueError) as error:
                 failure = error
         line = await self._greeted(native, instance, unix=False)

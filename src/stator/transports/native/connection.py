@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from stator.errors import ConnectFailed, PeerProtocolError, StatorError, Timeout
+from stator.errors import ConnectFailed, NotTrusted, PeerProtocolError, StatorError, Timeout
 from stator.protocol.native.hello import Goaway
 from stator.protocol.native.liveness import Verdict
 from stator.protocol.native.session import Session
@@ -38,7 +38,8 @@ class Connection(asyncio.Protocol):
     """One socket and its session. The owner makes the session with `wake=connection.wake`, then calls `attach`.
 
     `lost(reason)` is called exactly once when the connection has ended, for whatever reason; `judged(verdict)` after each look at the
-    clock that did not end in FINE, `recovered()` when a suspicion ended. `patience`: seconds until the other side's HELLO must be here.
+    clock that did not end in FINE, `recovered()` when a suspicion ended. `patience`: seconds until the other side's HELLO, and its PROOF
+    where there is a secret, must be here; `refused(error)` is called when they are not, or not good enough.
 
     A worker that cannot write its answers stops reading (`throttled`); a client always reads, so that the two never wait for each other.
     """
@@ -53,12 +54,14 @@ class Connection(asyncio.Protocol):
         lost: Callable[["Connection", StatorError], None],
         judged: Callable[["Connection", Verdict], None] | None = None,
         recovered: Callable[["Connection"], None] | None = None,
+        refused: Callable[[StatorError], None] | None = None,
         throttled: bool = False,
     ) -> None:
         self._wheel = wheel
         self._lost = lost
         self._judged = judged
         self._recovered = recovered
+        self._refused = refused
         self._transport: asyncio.Transport | None = None
         self._session: Session | None = None
         self._scheduled = False
@@ -128,8 +131,7 @@ class Connection(asyncio.Protocol):
         self._transport = None
         session, self._session = self._session, None
         if session is not None:
-            reason = self._reason or ConnectFailed(f"connection lost: {exc}" if exc else "connection closed by the other side")
-            self._lost(self, reason)
+            self._lost(self, self._reason or _reason_of(exc))
 
     # -- sending
 
@@ -171,10 +173,12 @@ class Connection(asyncio.Protocol):
         self._reason = error
         transport = self._transport
         if transport is not None and self._session is not None:
+            if self._session.peer is None and self._refused is not None:
+                self._refused(error)
             logger.warning(
                 "native connection with %s closed: %s", transport.get_extra_info("peername") or "a Unix socket", error
             )
-            code = "no_version" if isinstance(error, ConnectFailed) else error.code
+            code = "no_version" if type(error) is ConnectFailed else error.code
             self._session.say_goodbye(Goaway(code=code, reason=error.message))
             self.flush()
             self._finish(transport)
@@ -216,7 +220,8 @@ class Connection(asyncio.Protocol):
         if session.peer is None:
             if now < self._greet_by:
                 return min(now + _LOOK, self._greet_by)
-            self.refuse(Timeout(f"no HELLO within {self._patience} s", phase="connect"))
+            what = "PROOF of the cluster secret" if session.greeting else "HELLO"
+            self.refuse(Timeout(f"no {what} within {self._patience} s", phase="connect"))
             return 0.0
         verdict = session.judge(now)
         if verdict is Verdict.IDLE:
@@ -225,3 +230,9 @@ class Connection(asyncio.Protocol):
         if verdict is not Verdict.FINE and self._judged is not None:
             self._judged(self, verdict)
         return now + session.liveness.look_again(session.open_streams)
+
+
+def _reason_of(exc: Exception | None) -> StatorError:
+    if isinstance(exc, NotTrusted):
+        return exc
+    return ConnectFailed(f"connection lost: {exc}" if exc else "connection closed by the other side")

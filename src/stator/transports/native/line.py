@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import msgspec
 
-from stator.errors import ConnectFailed, StatorError
+from stator.errors import ConnectFailed, NotTrusted, StatorError
 from stator.protocol.control_message import parse_address
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.client import ClientSession
 from stator.protocol.native.hello import Hello
 from stator.protocol.native.liveness import LivenessLimits, Verdict
 from stator.protocol.records import NativeAddress
+from stator.security import connecting
 from stator.tasks import DeadlineWheel
 from stator.transports.native.connection import Connection
+from stator.transports.native.greeting import count_refusal, greeting
 from stator.transports.native.pulse import PulseAddress, PulseProbe, find_pulse
-from stator.transports.plane import InstanceObserver
+from stator.transports.plane import InstanceObserver, PlaneHost
 
 __all__ = ["Line", "LineHost"]
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 class LineHost(msgspec.Struct, frozen=True, kw_only=True):
     """What all lines of a client have in common."""
 
+    plane: PlaneHost
     wheel: DeadlineWheel
     hello: Hello
     limits: LivenessLimits
@@ -53,9 +56,10 @@ class Line:
             lost=lambda _, reason: self.end(reason),
             judged=lambda _, verdict: self._judged(verdict),
             recovered=lambda _: self._recovered(),
+            refused=lambda error: count_refusal(host.plane, "dialling", error),
         )
         self.session: ClientSession | None = ClientSession(
-            hello=host.hello,
+            hello=greeting(host.hello, host.plane.secret),
             limits=host.limits,
             now=host.wheel.now(),
             wake=self.connection.wake,
@@ -63,6 +67,7 @@ class Line:
             greeted=self._greet,
             budget=host.budget,
             away=self._went_away,
+            secret=host.plane.secret,
         )
         self.connection.attach(self.session)
 
@@ -92,7 +97,8 @@ class Line:
                 await loop.create_unix_connection(lambda: connection, self.native.path)
             else:
                 host, port = parse_address(self.native.address)
-                await loop.create_connection(lambda: connection, host, port)
+                plane = self._host.plane
+                await connecting(connection, host, port, tls=plane.tls, refusals=plane.refusals)
             await self._greeted
             self._pulse = await find_pulse(loop, self.native)
         except BaseException:
@@ -107,11 +113,16 @@ class Line:
         if self.session.peer.process == self.native.process:
             self._greeted.set_result(None)
         else:
-            self._fail(f"another process answers at {self.native.address}")
+            self._fail(ConnectFailed(f"another process answers at {self.native.address}"))
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: StatorError) -> None:
         if not self._greeted.done():
-            self._greeted.set_exception(ConnectFailed(reason, instance=self._instance, phase="connect"))
+            error = (
+                NotTrusted(reason.message, reason=reason.reason)
+                if isinstance(reason, NotTrusted)
+                else ConnectFailed(reason.message)
+            )
+            self._greeted.set_exception(error)
             self._greeted.exception()  # whoever waited may have gone
 
     # -- the end
@@ -121,7 +132,7 @@ class Line:
         session, self.session = self.session, None
         if session is None:
             return
-        self._fail(reason.message)
+        self._fail(reason)
         self._host.ended(self)
         had_streams = session.open_streams > 0
         session.close(reason.message)

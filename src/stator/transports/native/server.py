@@ -10,7 +10,7 @@ from typing import cast
 
 import msgspec
 
-from stator.errors import ConnectFailed, Overloaded, StatorError
+from stator.errors import ConnectFailed, NotTrusted, Overloaded, StatorError
 from stator.protocol.native.budget import ByteBudget
 from stator.protocol.native.frames import GOAWAY, frame
 from stator.protocol.native.hello import VERSION, Goaway, Hello, Limits
@@ -19,9 +19,11 @@ from stator.protocol.native.liveness import WORKER_LIMITS, Verdict
 from stator.protocol.native.server import ServerSession
 from stator.protocol.native.session import Session
 from stator.protocol.records import EndpointRecord, NativeAddress
+from stator.security import Entrance
 from stator.transports.inputs import InputStream
 from stator.transports.native.config import NativeConfig
 from stator.transports.native.connection import Connection
+from stator.transports.native.greeting import count_refusal, greeting
 from stator.transports.native.outbox import Outbox
 from stator.transports.native.pulse import Pulse
 from stator.transports.plane import PlaneHost, RequestSink
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_PATH = 100
 _BACKLOG = 1024
+_PLAINTEXT = frame(GOAWAY, payload=Goaway(code=NotTrusted.code, reason="this worker speaks nothing but TLS").encode())
+
 _CLOSE_LIMIT = 1.0
 """seconds in which clients must take what was answered before the plane closes"""
 
@@ -46,6 +50,7 @@ class NativeServer:
         self._sinks: dict[str, RequestSink] = {}
         self._sessions: dict[Connection, ServerSession] = {}
         self._greeting: dict[Connection, None] = {}
+        self._entrance: Entrance | None = None
         self._empty = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self._pulse: Pulse | None = None
@@ -70,7 +75,8 @@ class NativeServer:
     async def _start(self) -> None:
         loop = self._wheel.loop
         config, host = self._config, self._host
-        tcp = await loop.create_server(self._accept, host.bind_host, config.port, backlog=_BACKLOG)
+        self._entrance = entrance = Entrance(tls=host.tls, refusals=host.refusals, plain_answer=_PLAINTEXT)
+        tcp = await loop.create_server(lambda: entrance(self._accept()), host.bind_host, config.port, backlog=_BACKLOG)
         self._servers.append(tcp)
         self._address = _join(host.advertise_host, tcp.sockets[0].getsockname()[1])
         if config.pulse:
@@ -122,6 +128,8 @@ class NativeServer:
     async def aclose(self) -> None:
         for server in self._servers:
             server.close()
+        if self._entrance is not None:
+            self._entrance.close()
         if self._path:
             path, self._path = self._path, ""
             with contextlib.suppress(OSError):
@@ -158,10 +166,15 @@ class NativeServer:
         if len(self._sessions) >= self._config.connections:
             return _Full(self._config.connections)
         connection = Connection(
-            wheel=self._wheel, patience=self._config.connect_timeout, lost=self._lost, judged=self._judged, throttled=True
+            wheel=self._wheel,
+            patience=self._config.connect_timeout,
+            lost=self._lost,
+            judged=self._judged,
+            refused=lambda error: count_refusal(self._host, "accepting", error),
+            throttled=True,
         )
         session = ServerSession(
-            hello=self._hello,
+            hello=greeting(self._hello, self._host.secret),
             limits=WORKER_LIMITS,
             now=self._wheel.now(),
             wake=connection.wake,
@@ -171,6 +184,7 @@ class NativeServer:
             lookup=self._sinks.get,
             make=Outbox,
             make_inputs=self._make_inputs,
+            secret=self._host.secret,
         )
         if self._draining:
             session.drain()

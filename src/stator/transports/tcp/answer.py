@@ -15,6 +15,7 @@ from stator.protocol.response_stream import ResponseWriter
 from stator.tasks import DeadlineWheel, Scope
 from stator.tasks.wheel import Timed
 from stator.transports.plane import RequestControl
+from stator.transports.tcp.home_caller import HomeCaller
 from stator.transports.tcp.input_call import InputCall
 
 __all__ = ["Answer"]
@@ -48,6 +49,7 @@ class Answer(asyncio.Protocol):
         *,
         codec: Codec,
         request_id: str,
+        caller: HomeCaller,
         wheel: DeadlineWheel,
         linger: float,
         on_start: Callable[["Answer"], None] | None,
@@ -57,6 +59,7 @@ class Answer(asyncio.Protocol):
         self._host, self._port = parse_address(address.address)
         self._writer = ResponseWriter(subject=address.subject, codec=codec)
         self._request_id = request_id
+        self._caller = caller
         self._wheel = wheel
         self._loop = wheel.loop
         self._linger = linger
@@ -90,7 +93,7 @@ class Answer(asyncio.Protocol):
     async def _dial(self) -> None:
         while True:
             try:
-                await self._loop.create_connection(lambda: self, self._host, self._port)
+                await self._caller.call(self, self._host, self._port)
                 return
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
@@ -220,6 +223,9 @@ class Answer(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
+        if data[0] and self._caller.alerted(data, self._host, self._port):  # the size of a control frame begins with a 0
+            self.abort()
+            return
         for wish in self._writer.receive_data(data):
             if wish is Control.KILL:
                 self.abort()

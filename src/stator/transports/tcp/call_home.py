@@ -13,6 +13,7 @@ from stator.protocol.envelope import Codec
 from stator.protocol.request_frame import acknowledgement_error
 from stator.protocol.response_stream import ResponseReader
 from stator.protocol.stream import Phase
+from stator.security import ALERT, Entrance, Refusals, is_tls
 from stator.tasks import DeadlineWheel
 from stator.tasks.wheel import Timed
 from stator.transports.inbox import Inbox
@@ -111,7 +112,7 @@ class ExpectedStream:
 class CallHomeConnection(asyncio.Protocol):
     """One connection that a worker made."""
 
-    __slots__ = ("_handshake", "_listener", "_resuming", "_stream", "_timer", "_transport", "since")
+    __slots__ = ("_fresh", "_handshake", "_listener", "_resuming", "_stream", "_timer", "_transport", "since")
 
     def __init__(self, listener: "CallHomeListener") -> None:
         self._listener = listener
@@ -120,6 +121,7 @@ class CallHomeConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._resuming = False
+        self._fresh = True
         self.since = 0.0
 
     # -- asyncio.Protocol
@@ -143,6 +145,10 @@ class CallHomeConnection(asyncio.Protocol):
         """Bytes before the handshake is complete."""
         if self._handshake is None:
             return
+        fresh, self._fresh = self._fresh, False
+        if fresh and is_tls(data):
+            self._turn_away()
+            return
         try:
             found = self._handshake.receive_data(data)
             if found is None:
@@ -163,6 +169,13 @@ class CallHomeConnection(asyncio.Protocol):
             self.abort()
         elif rest:
             self.data_received(rest)
+
+    def _turn_away(self) -> None:
+        assert self._transport is not None
+        self._handshake = None
+        self._listener.speaks_tls(self._transport)
+        self._transport.write(ALERT)
+        self._transport.close()
 
     def _carry_inputs(self, sender: CompatibleInputSender) -> None:
         """The connection is for a caller's inputs: what happens on it from now on is their sender's."""
@@ -245,9 +258,11 @@ class CallHomeListener:
 
     slot: set[Timed] | None = None
 
-    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel) -> None:
+    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel, refusals: Refusals, entrance: Entrance) -> None:
         self._config = config
         self._wheel = wheel
+        self._refusals = refusals
+        self._entrance = entrance
         self._expected: dict[str, ExpectedStream] = {}
         self._inputs: dict[str, CompatibleInputSender] = {}
         """by subject, until their worker has called"""
@@ -272,12 +287,15 @@ class CallHomeListener:
                 " set host (STATOR_HOST) and leave tcp.call_home_host empty, or make both loopback addresses"
             )
         given = config.call_home_host and not is_wildcard(bound)
-        listener = cls(config=config, wheel=host.wheel)
+        entrance = Entrance(tls=host.tls, refusals=host.refusals)
+        listener = cls(config=config, wheel=host.wheel, refusals=host.refusals, entrance=entrance)
         advertised = bound if given else await numeric_host(host.advertise_host)
         listener.loopback = is_loopback(advertised)
         port = config.call_home_port
         try:
-            server = await host.wheel.loop.create_server(lambda: CallHomeConnection(listener), bound, port, backlog=_BACKLOG)
+            server = await host.wheel.loop.create_server(
+                lambda: entrance(CallHomeConnection(listener)), bound, port, backlog=_BACKLOG
+            )
         except OSError as error:
             raise ConnectFailed(f"cannot wait for answers on {bound}:{port}: {error}") from error
         server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)  # accepted sockets inherit it
@@ -369,6 +387,12 @@ class CallHomeListener:
         """A worker broke the protocol, or called home for a request that was given up."""
         logger.info("call-home connection closed: %s", error)
 
+    def speaks_tls(self, transport: asyncio.Transport) -> None:
+        """A worker called over TLS, and is turned away."""
+        self._refusals.count("accepting", "encrypted")
+        peer = transport.get_extra_info("peername")
+        logger.warning("call-home connection from %s refused: it speaks TLS, which is not set here (tls.cert_path)", peer)
+
     def expire(self, now: float) -> float:
         """Called by the wheel: close connections that have said nothing for too long."""
         for connection in tuple(self._silent):
@@ -385,6 +409,7 @@ class CallHomeListener:
         server, self._server = self._server, None
         if server is not None:
             server.close()
+        self._entrance.close()
         for stream in tuple(self._expected.values()):
             stream.fail(Disconnected("the client closed its plane", instance=stream.instance))
         self.cut()

@@ -2,17 +2,16 @@
 
 import asyncio
 
-from stator.clock import Clock
 from stator.errors import ConfigError, ConnectFailed, Disconnected, StatorError
 from stator.protocol.envelope import Codec, RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.protocol.request_frame import encode_request_frame
 from stator.protocol.stream import Phase
-from stator.tasks import DeadlineWheel, Scope
+from stator.tasks import Scope
 from stator.transports.inbox import Inbox
 from stator.transports.inputs import DuplexInbox
 from stator.transports.opening import while_wanted
-from stator.transports.plane import PlaneHost, Traffic
+from stator.transports.plane import PlaneHost
 from stator.transports.tcp.address import InstanceAddress, is_local
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.closing import closed
@@ -27,14 +26,13 @@ __all__ = ["CompatibleClient"]
 class CompatibleClient:
     """`PlaneClient` of the compatible TCP plane. Made by `CompatibleClient.start`."""
 
-    def __init__(
-        self, *, config: TcpConfig, wheel: DeadlineWheel, clock: Clock, listener: CallHomeListener, traffic: Traffic
-    ) -> None:
+    def __init__(self, *, config: TcpConfig, host: PlaneHost, listener: CallHomeListener) -> None:
         self._config = config
-        self._wheel = wheel
-        self._clock = clock
+        self._host = host
+        self._wheel = host.wheel
+        self._clock = host.clock
         self._listener = listener
-        self._traffic = traffic
+        self._traffic = host.traffic
         self._pools: dict[tuple[str, int], RequestPool] = {}
         self._dials = Scope("request dials")
         self._connects = asyncio.Semaphore(config.concurrent_connects)
@@ -45,7 +43,7 @@ class CompatibleClient:
         """Open the listener for answers. Raises `ConnectFailed` for an address that cannot be bound."""
         listener = await CallHomeListener.listen(config, host)
         listener.traffic = host.traffic
-        return cls(config=config, wheel=host.wheel, clock=host.clock, listener=listener, traffic=host.traffic)
+        return cls(config=config, host=host, listener=listener)
 
     @property
     def call_home_address(self) -> str:
@@ -137,6 +135,8 @@ class CompatibleClient:
                 address.port,
                 config=self._config,
                 wheel=self._wheel,
+                tls=self._host.tls,
+                refusals=self._host.refusals,
                 dials=self._dials,
                 connects=self._connects,
                 empty=self._drop,

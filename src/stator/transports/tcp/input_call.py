@@ -12,6 +12,7 @@ from stator.protocol.envelope import Codec
 from stator.protocol.request_stream import RequestReader
 from stator.tasks import Scope
 from stator.transports.inputs import InputStream
+from stator.transports.tcp.home_caller import HomeCaller
 
 __all__ = ["InputCall"]
 
@@ -36,6 +37,7 @@ class InputCall(asyncio.Protocol):
         codec: Codec,
         inputs: InputStream,
         request: Request,
+        caller: HomeCaller,
         gone: Callable[["InputCall"], None],
     ) -> None:
         """Raises `PeerProtocolError` when the address is none."""
@@ -45,6 +47,7 @@ class InputCall(asyncio.Protocol):
         self._reader = RequestReader(inputs, codec=codec)
         self._inputs = inputs
         self._request: Request | None = request
+        self._caller = caller
         self._gone: Callable[[InputCall], None] | None = gone
         self._transport: asyncio.Transport | None = None
         self._dialling: asyncio.Task[None] | None = None
@@ -61,7 +64,7 @@ class InputCall(asyncio.Protocol):
     async def _dial(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
-                await asyncio.get_running_loop().create_connection(lambda: self, self._host, self._port)
+                await self._caller.call(self, self._host, self._port)
         except OSError as error:  # a TimeoutError is one
             why = error or "no connection in time"
             logger.warning("request %s: its inputs cannot be had from %s:%d: %s", self._request_id, self._host, self._port, why)

@@ -27,6 +27,7 @@ from stator.protocol.request_frame import (
 )
 from stator.protocol.two_part import decode_message
 from stator.protocol.values import decode_value
+from stator.security import Refusals, Tls
 from stator.tasks import DeadlineWheel, Scope
 from stator.transports.inputs import InputStream
 from stator.transports.plane import Malformed, RequestSink
@@ -34,6 +35,7 @@ from stator.transports.tcp.answer import Answer
 from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import TRACE_HEADERS, read_deadline, read_sent_ns
+from stator.transports.tcp.home_caller import HomeCaller
 from stator.transports.tcp.input_call import InputCall
 
 __all__ = ["Reception"]
@@ -42,18 +44,21 @@ logger = logging.getLogger(__name__)
 
 
 class Reception:
-    """The endpoints of a process and the answers it is giving. `take` each request, `aclose` at the end.
-
-    `tells_home`: clients of this way do not understand an acknowledgement that says "unavailable"; they are told at home too.
-    """
+    """The endpoints of a process and the answers it is giving. `take` each request, `aclose` at the end."""
 
     def __init__(
-        self, *, config: TcpConfig, wheel: DeadlineWheel, input_timeout: float | None, tells_home: bool = False
+        self,
+        *,
+        config: TcpConfig,
+        wheel: DeadlineWheel,
+        input_timeout: float | None,
+        tls: Tls | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         self._config = config
         self._input_timeout = input_timeout
         self._wheel = wheel
-        self._tells_home = tells_home
+        self._caller = HomeCaller(tls=tls, refusals=refusals or Refusals())
         self._sinks: dict[str, RequestSink] = {}
         self._calls: set[InputCall] = set()
         self._dials = Scope("call-home dials")
@@ -88,29 +93,24 @@ class Reception:
     def take(self, frame: RequestFrame) -> bytes:
         """Acknowledgement of a request that has arrived; it is started or queued, or somebody else may have it."""
         if frame.path is None:
-            self._refuse(frame, PeerProtocolError("the endpoint path is not UTF-8"))
+            self.refuse(frame, PeerProtocolError("the endpoint path is not UTF-8"))
             return INVALID_PATH
         if self.draining:
-            return self._away(frame, Unavailable("the worker is shutting down"), SHUTTING_DOWN)
+            return SHUTTING_DOWN
         sink = self._sinks.get(frame.path)
         if sink is None:
             # The reference's client takes this acknowledgement for success and would wait for ever: tell it at home too.
-            self._refuse(frame, Unavailable(f"no endpoint is served at {frame.path}"))
+            self.refuse(frame, Unavailable(f"no endpoint is served at {frame.path}"))
             return unknown_endpoint(frame.path)
         try:
             self._serve(frame, sink)
         except Overloaded as error:
             return overloaded(error.message)
         except Unavailable as error:
-            return self._away(frame, error, unavailable(error.message))
+            return unavailable(error.message)
         except StatorError as error:
-            self._refuse(frame, error)
+            self.refuse(frame, error)
         return ACCEPTED
-
-    def _away(self, frame: RequestFrame, error: Unavailable, text: bytes) -> bytes:
-        if self._tells_home:
-            self._refuse(frame, error)
-        return text
 
     def _serve(self, frame: RequestFrame, sink: RequestSink) -> None:
         """Decode a request, hand it to its sink and call home, unless it has to wait. Raises when nothing was started."""
@@ -146,12 +146,14 @@ class Reception:
         home = read_inputs_home(message)
         parse_address(home.address)
         inputs = InputStream(wheel=self._wheel, limit=self._input_timeout)
-        call = InputCall(home, codec=message.codec, inputs=inputs, request=answer, gone=self._calls.discard)
+        call = InputCall(
+            home, codec=message.codec, inputs=inputs, request=answer, caller=self._caller, gone=self._calls.discard
+        )
         self._calls.add(call)
         answer.reads(call)
         return inputs
 
-    def _refuse(self, frame: RequestFrame, error: StatorError) -> None:
+    def refuse(self, frame: RequestFrame, error: StatorError) -> None:
         """Call home to say no, if it can be read where home is (`spec/10 §11`, rule 3)."""
         logger.warning("request for %s refused: %s", frame.path, error)
         try:
@@ -169,6 +171,7 @@ class Reception:
             address,
             codec=codec,
             request_id=request_id,
+            caller=self._caller,
             wheel=self._wheel,
             linger=self._config.linger,
             on_start=self._dial,

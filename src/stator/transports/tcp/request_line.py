@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
-from stator.errors import ConnectFailed, Disconnected, PeerProtocolError, StatorError, Timeout
+from stator.errors import ConnectFailed, Disconnected, NotTrusted, PeerProtocolError, StatorError, Timeout
 from stator.protocol.request_frame import AcknowledgementParser
+from stator.security import Refusals, Tls, connecting, is_tls
 from stator.tasks import DeadlineWheel, Scope
 from stator.tasks.wheel import Timed
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
@@ -31,11 +32,13 @@ class RequestLine(asyncio.Protocol):
         *,
         config: TcpConfig,
         wheel: DeadlineWheel,
+        refusals: Refusals | None = None,
         freed: Callable[[], None],
         gone: Callable[["RequestLine"], None],
     ) -> None:
         self._config = config
         self._wheel = wheel
+        self._refusals = refusals or Refusals()
         self._freed = freed
         self._gone = gone
         self._parser = AcknowledgementParser()
@@ -45,6 +48,8 @@ class RequestLine(asyncio.Protocol):
         self._paused = False
         self._used = 0.0
         self._reason: StatorError | None = None
+        self.refusal: NotTrusted | None = None
+        """why the worker refused it: with TLS 1.3, after the dial has succeeded"""
         self._home: CallHomeListener | None = None
 
     @property
@@ -91,12 +96,22 @@ class RequestLine(asyncio.Protocol):
                 stream.home.traffic.received += len(text)
                 stream.acknowledged(text)
         except PeerProtocolError as error:
-            logger.warning("request connection closed: %s", error)
-            self.abort(Disconnected(f"the worker broke the protocol: {error.message}", phase="accept"))
+            self._broken(error, data)
             return
         self._used = self._wheel.now()
         if full:
             self._freed()
+
+    def _broken(self, error: PeerProtocolError, data: bytes) -> None:
+        if is_tls(data):
+            self._refusals.count("dialling", "encrypted")
+            reason: StatorError = NotTrusted(
+                "the worker speaks TLS, which is not set here (tls.ca_cert_path)", reason="encrypted"
+            )
+        else:
+            reason = Disconnected(f"the worker broke the protocol: {error.message}", phase="accept")
+        logger.warning("request connection closed: %s", reason)
+        self.abort(reason)
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -108,9 +123,11 @@ class RequestLine(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._wheel.disarm(self)
+        if isinstance(exc, NotTrusted):
+            self.refusal = exc
         self._gone(self)
         why = f"the connection ended before the request was acknowledged: {exc or 'closed by the worker'}"
-        reason = self._reason or Disconnected(why)
+        reason = self._reason or self.refusal or Disconnected(why)
         pending, self._pending = self._pending, deque()
         if pending and self._home is not None:
             self._home.traffic.failed += len(pending)
@@ -153,6 +170,8 @@ class RequestPool:
         *,
         config: TcpConfig,
         wheel: DeadlineWheel,
+        tls: Tls | None = None,
+        refusals: Refusals | None = None,
         dials: Scope,
         connects: asyncio.Semaphore,
         empty: Callable[["RequestPool"], None],
@@ -161,11 +180,15 @@ class RequestPool:
         self.port = port
         self._config = config
         self._wheel = wheel
+        self._tls = tls
+        self._refusals = refusals or Refusals()
         self._dials = dials
         self._connects = connects
         self._empty = empty
         self._lines: list[RequestLine] = []
         self._dialling: asyncio.Task[OSError | None] | None = None
+        self._refusal: NotTrusted | None = None
+        """of the line that ended last, while somebody waits"""
         self._callers = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
 
@@ -184,16 +207,23 @@ class RequestPool:
     async def wait(self, instance: int) -> RequestLine:
         """A line as soon as there is one. Raises `ConnectFailed` or `Timeout` (phase "connect"). Cancelled: nothing changed."""
         limit = self._config.connect_timeout
+        if not self._callers:
+            self._refusal = None
         self._callers += 1
         try:
             async with asyncio.timeout(limit):
                 while (line := self.line()) is None:
                     await self._progress()
+                    if self._refusal is not None:
+                        raise self._refusal
                 return line
         except TimeoutError as error:
             raise Timeout(
                 f"no connection to {self.host}:{self.port} within {limit} s", instance=instance, phase="connect"
             ) from error
+        except NotTrusted as error:
+            text = f"cannot connect to {self.host}:{self.port}: {error}"
+            raise NotTrusted(text, reason=error.reason, instance=instance) from error
         except OSError as error:
             raise ConnectFailed(
                 f"cannot connect to {self.host}:{self.port}: {error}", instance=instance, phase="connect"
@@ -231,9 +261,9 @@ class RequestPool:
         return None
 
     async def _add_line(self) -> None:
-        line = RequestLine(config=self._config, wheel=self._wheel, freed=self._freed, gone=self._lost)
+        line = RequestLine(config=self._config, wheel=self._wheel, refusals=self._refusals, freed=self._freed, gone=self._lost)
         async with self._connects, asyncio.timeout(self._config.connect_timeout):
-            await self._wheel.loop.create_connection(lambda: line, self.host, self.port)
+            await connecting(line, self.host, self.port, tls=self._tls, refusals=self._refusals)
         if not line.usable:
             raise ConnectionResetError("the connection ended at once")
         self._lines.append(line)
@@ -252,6 +282,7 @@ class RequestPool:
                 waiter.set_result(None)
 
     def _lost(self, line: RequestLine) -> None:
+        self._refusal = line.refusal
         if line in self._lines:
             self._lines.remove(line)
         self._freed()

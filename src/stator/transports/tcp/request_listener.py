@@ -7,6 +7,7 @@ from typing import cast
 
 from stator.errors import PeerProtocolError
 from stator.protocol.request_frame import RequestFrame, RequestFrameParser, encode_acknowledgement, too_large
+from stator.security import ALERT, Refusals, is_tls
 from stator.tasks import DeadlineWheel
 from stator.tasks.wheel import Timed
 
@@ -33,12 +34,15 @@ class RequestConnection(asyncio.Protocol):
         gone: Callable[["RequestConnection"], None],
         limit: int,
         wheel: DeadlineWheel,
+        refusals: Refusals,
     ) -> None:
         self._take = take
         self._gone = gone
         self._wheel = wheel
         self._parser = RequestFrameParser(limit=limit)
         self._transport: asyncio.Transport | None = None
+        self._refusals: Refusals | None = refusals
+        """until the first bytes are here"""
         self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -47,6 +51,10 @@ class RequestConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         transport = self._transport
         if self._refused or transport is None:
+            return
+        refusals, self._refusals = self._refusals, None
+        if refusals is not None and is_tls(data):
+            self._turn_away(transport, refusals)
             return
         answers: list[bytes] = []
         try:
@@ -65,6 +73,14 @@ class RequestConnection(asyncio.Protocol):
         logger.warning("request connection closed: %s", error)
         self._refused = True
         self._wheel.arm(self, self._wheel.now() + _DISCARD)
+
+    def _turn_away(self, transport: asyncio.Transport, refusals: Refusals) -> None:
+        refusals.count("accepting", "encrypted")
+        peer = transport.get_extra_info("peername")
+        logger.warning("request connection from %s refused: it speaks TLS, which is not set here (tls.cert_path)", peer)
+        self._refused = True
+        transport.write(ALERT)
+        transport.close()
 
     def pause_writing(self) -> None:
         if self._transport is not None and not self._refused:

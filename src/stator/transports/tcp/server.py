@@ -6,7 +6,7 @@ import msgspec
 
 from stator.errors import ConnectFailed
 from stator.protocol.records import EndpointRecord, Transport
-from stator.tasks import DeadlineWheel
+from stator.security import Entrance
 from stator.transports.plane import PlaneHost, RequestSink
 from stator.transports.tcp.address import join_host_port, numeric_host
 from stator.transports.tcp.closing import closed
@@ -22,10 +22,15 @@ _BACKLOG = 1024
 class CompatibleServer:
     """`PlaneServer` of the compatible TCP plane. Made by `CompatibleServer.listen`."""
 
-    def __init__(self, *, config: TcpConfig, wheel: DeadlineWheel, input_timeout: float | None) -> None:
+    def __init__(self, *, config: TcpConfig, host: PlaneHost) -> None:
+        """Raises `ConfigError` when TLS is set and there is no certificate to show."""
         self._config = config
-        self._wheel = wheel
-        self._reception = Reception(config=config, wheel=wheel, input_timeout=input_timeout)
+        self._wheel = host.wheel
+        self._refusals = host.refusals
+        self._entrance = Entrance(tls=host.tls, refusals=host.refusals)
+        self._reception = Reception(
+            config=config, wheel=host.wheel, input_timeout=host.input_timeout, tls=host.tls, refusals=host.refusals
+        )
         self._connections: set[RequestConnection] = set()
         self._listener: asyncio.Server | None = None
         self._address = ""
@@ -34,9 +39,11 @@ class CompatibleServer:
     async def listen(cls, config: TcpConfig, host: PlaneHost) -> "CompatibleServer":
         """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
         bound, advertised = await numeric_host(host.bind_host), await numeric_host(host.advertise_host)
-        server = cls(config=config, wheel=host.wheel, input_timeout=host.input_timeout)
+        server = cls(config=config, host=host)
         try:
-            listener = await host.wheel.loop.create_server(server._accept, bound, config.port, backlog=_BACKLOG)
+            listener = await host.wheel.loop.create_server(
+                lambda: server._entrance(server._accept()), bound, config.port, backlog=_BACKLOG
+            )
         except OSError as error:
             raise ConnectFailed(f"cannot listen on {bound}:{config.port}: {error}") from error
         server._listener = listener
@@ -71,6 +78,7 @@ class CompatibleServer:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()
+        self._entrance.close()
         for connection in tuple(self._connections):
             connection.abort()
         await self._reception.aclose()
@@ -80,7 +88,11 @@ class CompatibleServer:
 
     def _accept(self) -> RequestConnection:
         connection = RequestConnection(
-            take=self._reception.take, gone=self._connections.discard, limit=self._config.max_message_size, wheel=self._wheel
+            take=self._reception.take,
+            gone=self._connections.discard,
+            limit=self._config.max_message_size,
+            wheel=self._wheel,
+            refusals=self._refusals,
         )
         self._connections.add(connection)
         return connection
