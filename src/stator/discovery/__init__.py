@@ -1,5 +1,6 @@
 """Discovery: who is there. One interface (`Discovery`) over backends; records and keys are `stator.protocol.records`'."""
 
+from stator.discovery.etcd import EtcdConfig, EtcdDiscovery, open_etcd
 from stator.discovery.file import FileDiscovery, open_file
 from stator.discovery.file_config import FileDiscoveryConfig
 from stator.discovery.interface import (
@@ -19,6 +20,8 @@ __all__ = [
     "Discovery",
     "DiscoveryFactory",
     "DiscoveryStatus",
+    "EtcdConfig",
+    "EtcdDiscovery",
     "FileDiscovery",
     "FileDiscoveryConfig",
     "MemoryDiscovery",
@@ -26,6 +29,7 @@ __all__ = [
     "MemoryStore",
     "Removed",
     "Watch",
+    "open_etcd",
     "open_file",
     "open_memory",
 ]
