@@ -33,13 +33,15 @@ class Transport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`host:port/{hex}/{endpoint}`"""
     nats_tcp: str | None = None
     """a NATS subject"""
+    http: str | None = None
+    """a URL; 1.2.1 and this runtime know it, 1.3.1 skips a record that has it"""
 
 
 class NativeAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The `stator` field: where and by whom the native plane is spoken (`docs/native-plane.md §2`)."""
+    """The `stator` field: where and by whom the native plane is spoken (`docs/native-plane.md §2`), and what only Stator does besides."""
 
     plane: int
-    """version of the native plane"""
+    """version of the native plane; 0: it is not spoken here, and `address` is empty"""
     address: str
     """`host:port`"""
     process: str
@@ -48,6 +50,8 @@ class NativeAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """`host:port` of the pulse thread"""
     path: str = ""
     """Unix socket, for clients on the same host"""
+    http2: int = 0
+    """version of the streams that `transport.http` answers with; 0: its answers call home (`docs/http2-plane.md §2`)"""
 
 
 class RecordKey(msgspec.Struct, frozen=True, order=True):

@@ -1,7 +1,7 @@
 """How the HTTP/2 plane is plugged in. Nothing of the library is imported before the plane is used."""
 
-from stator.errors import ConfigError
 from stator.protocol.records import EndpointRecord
+from stator.transports.http2.config import Http2Config
 from stator.transports.plane import PlaneClient, PlaneHost, PlaneServer
 
 __all__ = ["Http2Plane"]
@@ -14,12 +14,16 @@ class Http2Plane:
 
     def reaches(self, record: EndpointRecord) -> bool:
         """Whether the instance takes requests over HTTP."""
-        return False
+        return record.transport.http is not None
 
     async def listen(self, host: PlaneHost) -> PlaneServer:
-        """Open the listener."""
-        raise ConfigError("the plane is not there yet")
+        """Open the worker's listener."""
+        from stator.transports.http2.server import Http2Server
+
+        return await Http2Server.listen(host.load(Http2Config), host)
 
     async def connect(self, host: PlaneHost) -> PlaneClient:
         """Connections are made on first use."""
-        raise ConfigError("the plane is not there yet")
+        from stator.transports.http2.client import Http2Client
+
+        return await Http2Client.start(host.load(Http2Config), host)
