@@ -155,7 +155,7 @@ async def test_all_three_maps_of_ours_leave_the_reference_content(cluster: Clust
     ours = await cluster.discovery("ours-0")
     record = endpoint_record(ours.instance_id, tcp="127.0.0.1:9/1/generate")
     await ours.register(model_record(ours.instance_id, "m"))
-    await ours.register(channel_record(2**52, "kv_metrics"))
+    await ours.register(channel_record(2**63 - 1, "kv_metrics"))
     await ours.register(record)
     client = await cluster.peer("peer_client.py", "ref-0")
     answer = await client.ask(endpoint=ENDPOINT, request={"n": 1}, within=20)

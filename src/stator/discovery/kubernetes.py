@@ -387,8 +387,9 @@ class KubernetesDiscovery:
                 await self._writer.close()
         except (ApiProblem, TimeoutError) as error:
             logger.warning("our DynamoWorkerMetadata stays until the pod is gone: %s", error or "no answer")
-        await self._scope.aclose()
-        await self._client.aclose()
+        finally:
+            await self._scope.aclose()
+            await self._client.aclose()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

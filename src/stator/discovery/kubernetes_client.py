@@ -201,8 +201,8 @@ def _headers(ticket: Ticket, content_type: str | None) -> dict[str, str]:
 
 def _text(error: Exception) -> str:
     """What happened, without request headers."""
-    if isinstance(error, ssl.SSLError):
-        return f"TLS: {error.reason or error}"
-    if isinstance(error, aiohttp.ClientSSLError):
-        return f"TLS: {error.os_error}"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"TLS: {error.certificate_error}"
+    if isinstance(error, ssl.SSLError | aiohttp.ClientSSLError):
+        return f"TLS: {error}"
     return str(error) or type(error).__name__

@@ -123,6 +123,9 @@ class Reflector(Generic[T]):
                     await self._watch()
                 except ApiProblem as problem:
                     await self._recover(problem, asked)
+                except Exception as error:  # nothing may end it: who follows no more believes old news for ever
+                    logger.exception("following %s failed", self._collection.what)
+                    await self._recover(ApiProblem(f"{type(error).__name__}: {error}", status=500), asked)
         finally:
             self._ended = True
             self._end_turn(self._asked)

@@ -132,6 +132,9 @@ class MetadataWriter:
                 self._refusal = (change, problem)
             self._tell(problem)
             return problem
+        except Exception as error:  # nothing may end it: who writes no more is not found any more
+            logger.exception("DynamoWorkerMetadata cannot be applied")
+            return ApiProblem(f"{type(error).__name__}: {error}")
         finally:
             self._idle.set()
             self._end_turn()

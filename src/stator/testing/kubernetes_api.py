@@ -146,6 +146,10 @@ class KubernetesApi:
         for name, text in (("token", self.token), ("ca.crt", self._ca), ("namespace", self.namespace)):
             (directory / name).write_text(text, "ascii")
 
+    def set_tls(self, tls: ssl.SSLContext | None, ca: str) -> None:
+        """Another certificate, from the next `start` on."""
+        self._tls, self._ca = tls, ca
+
     # -- what a test looks at
 
     def counted(self) -> Counter[tuple[str, str]]:
