@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -145,5 +146,5 @@ def _get(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return str(answer.read().decode())
-    except OSError as error:  # a listener that speaks no HTTP, or no such page
+    except (OSError, HTTPException) as error:  # a listener that speaks no HTTP, or no such page
         return str(error)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from stator.cli.joining import Joining
 from stator.errors import ConfigError, ConnectFailed, NotTrusted
 from stator.protocol.native.problem import decode_error, encode_error
 from stator.runtime.config import RuntimeConfig
@@ -88,6 +89,12 @@ def test_what_is_open_is_said(tls: Tls, tmp_path_factory: pytest.TempPathFactory
     words = [entry.getMessage() for entry in caplog.records]
     assert ["may send requests" in text for text in words] == [True, True, False]
     assert "can be read" in words[2]
+
+
+def test_the_command_line_permits_the_compatible_planes() -> None:
+    said = Joining(compatible=True)
+    assert said.settings == {"compatible": True} and said.variables == {"STATOR_COMPATIBLE": "true"}
+    assert Joining().settings == Joining().variables == {}
 
 
 def test_the_error_travels() -> None:

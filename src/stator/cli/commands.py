@@ -14,7 +14,7 @@ from rich.markup import escape
 from stator import __version__, settings
 from stator.cli.certs import certs_app
 from stator.cli.frontend import run_frontend
-from stator.cli.joining import DiscoveryOption, Joining, PlaneOption, RequestPlaneOption
+from stator.cli.joining import CompatibleOption, DiscoveryOption, Joining, PlaneOption, RequestPlaneOption
 from stator.cli.keys import keys_app
 from stator.cli.listing import list_cluster
 from stator.cli.serve import ServeOptions, run_serve
@@ -129,6 +129,7 @@ def serve(
     discovery: DiscoveryOption = None,
     plane: PlaneOption = None,
     request_plane: RequestPlaneOption = None,
+    compatible: CompatibleOption = False,
 ) -> None:
     """Serve a model: frontends on one port and worker processes, supervised until Ctrl-C.
 
@@ -148,7 +149,7 @@ def serve(
         component=component,
         isolated=isolated,
         insecure_bind=insecure_bind,
-        joining=Joining(discovery=discovery, plane=plane, request_plane=request_plane),
+        joining=Joining(discovery=discovery, plane=plane, request_plane=request_plane, compatible=compatible),
     )
     _main(lambda: run_serve(options))
 
@@ -165,6 +166,7 @@ def worker(
     discovery: DiscoveryOption = None,
     plane: PlaneOption = None,
     request_plane: RequestPlaneOption = None,
+    compatible: CompatibleOption = False,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run one worker process: an engine on an endpoint, its model registered for every frontend of the cluster."""
@@ -174,7 +176,7 @@ def worker(
             engine=engine,
             options=tuple(option or ()),
             place={"served_name": name or None, "namespace": namespace, "component": component, "endpoint": endpoint},
-            joining=Joining(discovery=discovery, plane=plane, request_plane=request_plane),
+            joining=Joining(discovery=discovery, plane=plane, request_plane=request_plane, compatible=compatible),
             supervised=supervised,
         ),
         supervised=supervised,
@@ -189,6 +191,7 @@ def frontend(
     insecure_bind: InsecureBind = False,
     discovery: DiscoveryOption = None,
     plane: PlaneOption = None,
+    compatible: CompatibleOption = False,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run one frontend process: OpenAI's HTTP API for every model that workers of the cluster have registered."""
@@ -198,7 +201,7 @@ def frontend(
             port=port,
             policy=policy,
             insecure_bind=insecure_bind,
-            joining=Joining(discovery=discovery, plane=plane),
+            joining=Joining(discovery=discovery, plane=plane, compatible=compatible),
             supervised=supervised,
         ),
         supervised=supervised,

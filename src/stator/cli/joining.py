@@ -12,8 +12,11 @@ from stator.errors import UsageError
 from stator.runtime.config import RuntimeConfig
 from stator.runtime.discovery_choice import choose_discovery, discovery_name
 
-__all__ = ["DiscoveryOption", "Joining", "PlaneOption", "RequestPlaneOption", "check_joining"]
+__all__ = ["CompatibleOption", "DiscoveryOption", "Joining", "PlaneOption", "RequestPlaneOption", "check_joining"]
 
+CompatibleOption = Annotated[
+    bool, typer.Option("--compatible", help="Speak with processes of the reference although a cluster secret is set.")
+]
 DiscoveryOption = Annotated[
     str | None,
     typer.Option(
@@ -37,16 +40,19 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
     discovery: str | None = None
     plane: str | None = None
     request_plane: str | None = None
+    compatible: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments of `Runtime.connect`."""
-        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value not in (None, False)}
 
     @property
     def variables(self) -> dict[str, str | None]:
         """The same for child processes. Their command lines say nothing of it."""
-        return {f"STATOR_{name.upper()}": value for name, value in self.settings.items()}
+        return {
+            f"STATOR_{name.upper()}": str(value).lower() if value is True else value for name, value in self.settings.items()
+        }
 
 
 def check_joining(joining: Joining, *, isolated: bool) -> tuple[DiscoveryFactory, Config]:

@@ -84,6 +84,7 @@ class Runtime:
         clock, random = clock or SystemClock(), random or Random(SystemRandom().getrandbits(128))
         prepared = await asyncio.to_thread(_prepare, discovery, plane, event_plane, own, sections, clock)
         config, planes, tls = prepared.config, prepared.planes, prepared.tls
+        advertised = advertised_host(config, tls)
         warn_of_open_doors(config, tls)
         raise_file_limit()
         async with AsyncExitStack() as stack:
@@ -102,7 +103,7 @@ class Runtime:
             host = PlaneHost(
                 process=f"{random.getrandbits(128):032x}",
                 bind_host=config.host,
-                advertise_host=advertised_host(config, tls),
+                advertise_host=advertised,
                 socket_directory=await asyncio.to_thread(socket_directory),
                 wheel=wheel,
                 clock=clock,
