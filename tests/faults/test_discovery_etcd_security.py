@@ -175,6 +175,8 @@ class Certified:
         certificate, key = ours.issue("server")
         self.tls = EtcdTls(ca=ours.path, certificate=certificate, key=key)
         self.mutual = EtcdTls(ca=ours.path, certificate=certificate, key=key, client_ca=ours.path)
+        certificate, key = theirs.issue("replaced")
+        self.replaced = EtcdTls(ca=theirs.path, certificate=certificate, key=key, client_ca=theirs.path)
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +215,33 @@ async def test_over_mutual_tls_with_the_texts_of_the_reference(certified: Certif
         "ETCD_AUTH_CLIENT_KEY": key.read_text(),
     }
     await opens(open_etcd(load(EtcdConfig, env=env), clock=SystemClock(), random=Random()))
+
+
+async def test_certificates_that_were_replaced_are_used_when_the_old_ones_do_not_serve(
+    certified: Certified, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server's certificate and ours are signed by another authority from one moment to the next."""
+    caplog.set_level(logging.INFO, "stator.discovery")
+    ca, certificate, key = tmp_path / "ca.pem", tmp_path / "own.pem", tmp_path / "own.key"
+    for source, target in zip((certified.ca, *certified.client), (ca, certificate, key), strict=True):
+        target.write_bytes(source.read_bytes())
+    server = EtcdServer(tmp_path / "etcd", tls=certified.mutual)
+    try:
+        await asyncio.to_thread(server.start)
+        async with discovery(server.url, ca_path=ca, cert_path=certificate, key_path=key) as one:
+            await one.register(endpoint_record(1))
+            await asyncio.to_thread(server.kill)
+            server.use(certified.replaced)
+            await asyncio.to_thread(server.start)
+            for source, target in zip((certified.wrong_ca, *certified.foreign), (ca, certificate, key), strict=True):
+                target.write_bytes(source.read_bytes())
+            deadline = asyncio.get_running_loop().time() + 10
+            while not any("were read again" in record.message for record in caplog.records) or not one.status.connected:
+                assert asyncio.get_running_loop().time() < deadline, one.status
+                await asyncio.sleep(0.05)
+            assert await one.register(endpoint_record(2))
+    finally:
+        server.kill()
 
 
 async def test_a_wrong_ca_is_told_at_once(certified: Certified, one_sided: EtcdServer) -> None:

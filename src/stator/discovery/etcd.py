@@ -90,10 +90,11 @@ class EtcdDiscovery:
         if self._entered:
             raise UsageError("a discovery is opened once")
         self._entered = True
-        make, context = await asyncio.to_thread(_prepare, self._config)
+        make, context, file_times = await asyncio.to_thread(_prepare, self._config)
         session = make(
             self._config,
             context=context,
+            file_times=file_times,
             view=self._view,
             contact=self._contact,
             lease=self._instance_id,
@@ -126,12 +127,13 @@ def _check_key(key: RecordKey) -> None:
         raise UsageError(f"the names in {key} must not contain '/'")
 
 
-def _prepare(config: EtcdConfig) -> "tuple[type[EtcdSession], ssl.SSLContext | None]":
+def _prepare(config: EtcdConfig) -> "tuple[type[EtcdSession], ssl.SSLContext | None, tuple[float, ...]]":
     """All that reads the disk: etcd's client and certificates. Not for the event loop."""
     from stator.discovery.etcd_session import EtcdSession
-    from stator.discovery.etcd_tls import client_context
+    from stator.discovery.etcd_tls import client_context, file_times
 
-    return EtcdSession, client_context(config)
+    times = file_times(config)
+    return EtcdSession, client_context(config), times
 
 
 def open_etcd(config: EtcdConfig, *, clock: Clock, random: Random) -> EtcdDiscovery:

@@ -20,6 +20,8 @@ import msgspec
 from stator.clock import Clock
 from stator.discovery.etcd_config import EtcdConfig
 from stator.discovery.etcd_messages import Authenticated, Problem, WatchAnswer, WatchLine
+from stator.discovery.etcd_tls import changed_context
+from stator.errors import ConfigError
 from stator.tasks import Backoff
 
 __all__ = [
@@ -120,7 +122,16 @@ class _Trouble(Exception):
 class EtcdApi:
     """Calls to the members of one cluster. Made inside the event loop; `aclose` once."""
 
-    def __init__(self, config: EtcdConfig, *, context: ssl.SSLContext | None, clock: Clock, random: Random) -> None:
+    def __init__(
+        self,
+        config: EtcdConfig,
+        *,
+        context: ssl.SSLContext | None,
+        file_times: tuple[float, ...] = (),
+        clock: Clock,
+        random: Random,
+    ) -> None:
+        """`file_times` are those of the certificates in `context`: they are read again when nobody answers and they have changed."""
         self.endpoints = config.urls
         self._config = config
         self._clock = clock
@@ -134,8 +145,10 @@ class EtcdApi:
         self._no_users = False
         self._moved = False
         self._closed = False
+        self._context = context
+        self._file_times = file_times
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=context if context is not None else True),
+            connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -166,6 +179,8 @@ class EtcdApi:
             troubles = await self._round(path, data, kind, deadline, each or self._config.request_timeout)
             if not isinstance(troubles, dict):
                 return troubles.value
+            if self._context is not None:
+                await self._read_certificates_again()
             delay = self._backoff.delay(attempt, self._random)
             attempt += 1
             if self._closed or deadline is None or self._clock.monotonic() + delay >= deadline:
@@ -261,8 +276,24 @@ class EtcdApi:
             headers["Authorization"] = token
         server_name = self._config.server_name or None
         return self._session.post(
-            f"{endpoint}{path}", data=data, headers=headers, server_hostname=server_name, allow_redirects=False
+            f"{endpoint}{path}",
+            data=data,
+            headers=headers,
+            ssl=self._context if self._context is not None else True,
+            server_hostname=server_name,
+            allow_redirects=False,
         )
+
+    async def _read_certificates_again(self) -> None:
+        """If their files have changed; connections that are open keep what they have."""
+        try:
+            context, self._file_times = await asyncio.to_thread(changed_context, self._config, self._file_times)
+        except ConfigError as error:
+            logger.warning("certificates for etcd have changed and cannot be used: %s", error)
+            return
+        if context is not None:
+            self._context = context
+            logger.info("certificates for etcd were read again")
 
     @asynccontextmanager
     async def watch(self, fields: Mapping[str, Any]) -> AsyncGenerator[WatchStream, None]:

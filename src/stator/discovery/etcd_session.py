@@ -37,6 +37,7 @@ class EtcdSession:
         config: EtcdConfig,
         *,
         context: ssl.SSLContext | None,
+        file_times: tuple[float, ...],
         view: View,
         contact: EtcdContact,
         lease: int,
@@ -51,7 +52,7 @@ class EtcdSession:
         self._clock = clock
         self._random = random
         self._scope = Scope("etcd discovery")
-        self._api = EtcdApi(config, context=context, clock=clock, random=random)
+        self._api = EtcdApi(config, context=context, file_times=file_times, clock=clock, random=random)
         self._store = EtcdStore(self._api)
         self._owner = EtcdOwner(
             self._store,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from stator.discovery.etcd_config import EtcdConfig
 from stator.errors import ConfigError
 
-__all__ = ["client_context"]
+__all__ = ["changed_context", "client_context", "file_times"]
 
 
 def client_context(config: EtcdConfig) -> ssl.SSLContext | None:
@@ -27,6 +27,23 @@ def client_context(config: EtcdConfig) -> ssl.SSLContext | None:
     if config.cert_path is not None or config.cert_text:
         _load_own(context, config)
     return context
+
+
+def file_times(config: EtcdConfig) -> tuple[float, ...]:
+    """When the files were written, in wall-clock seconds; 0 for what is not there. Not for the event loop."""
+    times: list[float] = []
+    for path in (config.ca_path, config.cert_path, config.key_path):
+        try:
+            times.append(0.0 if path is None else path.stat().st_mtime)
+        except OSError:
+            times.append(0.0)
+    return tuple(times)
+
+
+def changed_context(config: EtcdConfig, times: tuple[float, ...]) -> tuple[ssl.SSLContext | None, tuple[float, ...]]:
+    """A context from files that have changed since `times`, or None; and the times now. Like `client_context`."""
+    now = file_times(config)
+    return (None if now == times else client_context(config)), now
 
 
 def _load_own(context: ssl.SSLContext, config: EtcdConfig) -> None:

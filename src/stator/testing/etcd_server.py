@@ -153,6 +153,10 @@ class EtcdServer:
             raise RuntimeError("the server is running")
         shutil.rmtree(self._data, ignore_errors=True)
 
+    def use(self, tls: EtcdTls) -> None:
+        """Have other certificates from the next start on."""
+        self._tls = tls
+
     @property
     def running(self) -> bool:
         """Whether it was started and not stopped."""
