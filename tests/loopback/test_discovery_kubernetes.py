@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+import aiohttp
 import msgspec
 import pytest
 
@@ -21,7 +22,10 @@ from stator.discovery.kubernetes_access import Ticket
 from stator.discovery.kubernetes_identity import instance_id_of
 from stator.discovery.kubernetes_kubeconfig import Access, Material
 from stator.errors import ConfigError, Unavailable, UsageError
+from stator.health import HealthConfig, SystemHealth
+from stator.health.server import StatusServer
 from stator.protocol.records import EndpointRecord, EventChannelRecord, ModelRecord, Query, RecordKey, encode_record
+from stator.runtime.discovery_choice import choose_discovery
 from stator.tasks import SystemClock
 from stator.testing.discovery_suite import (
     Connect,
@@ -295,6 +299,43 @@ async def test_many_registrations_travel_together(cluster: Cluster) -> None:
         assert found is not None
         assert len(found["spec"]["data"]["endpoints"]) == 200
         assert cluster.api.counted()["patch", "dynamoworkermetadatas"] < 10
+
+
+async def test_registering_costs_no_list(cluster: Cluster) -> None:
+    """A thousand workers that start together would otherwise ask for a thousand lists of a thousand objects."""
+    async with cluster.join("worker-0") as worker, cluster.join("worker-1") as other:
+        before = cluster.api.counted()["list", "dynamoworkermetadatas"]
+        for discovery in (worker, other):
+            await discovery.register(endpoint_record(discovery.instance_id))
+            await discovery.register(model_record(discovery.instance_id, "m"))
+            await discovery.register(channel_record(7 + discovery.instance_id, "kv_metrics"))
+        with pytest.raises(UsageError, match="a different model 'm'"):
+            await other.register(model_record(other.instance_id, "m2", lora=""))
+        assert cluster.api.counted()["list", "dynamoworkermetadatas"] == before
+
+
+async def test_the_status_server_shows_the_maps(cluster: Cluster) -> None:
+    async with cluster.join("worker-0") as worker:
+        await worker.register(endpoint_record(worker.instance_id))
+        health = SystemHealth(clock=SystemClock())
+        async with (
+            StatusServer(HealthConfig(port=0), health, metrics=bytes, metadata=worker.metadata) as server,
+            aiohttp.ClientSession() as session,
+            session.get(f"{server.url}/metadata") as response,
+        ):
+            assert response.status == 200
+            found = cluster.api.metadata("worker-0")
+            assert found is not None
+            assert await response.json() == found["spec"]["data"]
+
+
+async def test_a_setting_may_name_the_namespace(cluster: Cluster) -> None:
+    factory, config = await asyncio.to_thread(
+        choose_discovery, "kubernetes://team", {"kubernetes.podinfo": "", "kubernetes.kubeconfig": "/nowhere"}
+    )
+    assert factory is open_kubernetes
+    assert isinstance(config, KubernetesConfig)
+    assert config.namespace == "team"
 
 
 async def test_a_successors_object_is_left_alone(cluster: Cluster) -> None:

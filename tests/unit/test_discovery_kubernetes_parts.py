@@ -176,6 +176,8 @@ def test_several_files_are_merged(tmp_path: Path) -> None:
         ({"username": "a", "password": "geheim"}, CLUSTER, "has a password"),
         ({"client-key-data": "%%geheim%%"}, CLUSTER, "client-key-data is not PEM in base64"),
         ({}, {"name": "c", "cluster": {"server": "https://x", "insecure-skip-tls-verify": True}}, "is refused"),
+        ({}, {"name": "c", "cluster": {"server": "https://x", "proxy-url": "http://y"}}, "has proxy-url"),
+        ({"as": "admin"}, CLUSTER, "has as, which is not understood"),
         ({}, {"name": "c", "cluster": {"server": "tcp://x"}}, "no server URL"),
         ({}, {"name": "other", "cluster": {}}, "no cluster called 'c'; it has other"),
     ],

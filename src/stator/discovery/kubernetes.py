@@ -19,6 +19,7 @@ from stator.clock import Clock
 from stator.discovery.interface import DiscoveryStatus
 from stator.discovery.kubernetes_access import Credentials, find_access
 from stator.discovery.kubernetes_config import KubernetesConfig
+from stator.discovery.kubernetes_guard import Guard
 from stator.discovery.kubernetes_identity import Identity, instance_id_of, read_identity
 from stator.discovery.kubernetes_kubeconfig import Access
 from stator.discovery.kubernetes_objects import Metadata, maps_of, metadata_object, read_metadata, read_pod, read_slice
@@ -29,7 +30,7 @@ from stator.discovery.model_conflict import check_model, models_beside
 from stator.discovery.view import View
 from stator.discovery.watch import Watch
 from stator.errors import ConfigError, Unavailable, UsageError
-from stator.protocol.records import EventChannelRecord, ModelRecord, Query, Record, RecordKey, decode_record, encode_record
+from stator.protocol.records import EventChannelRecord, ModelRecord, Query, Record, RecordKey
 from stator.tasks import Scope
 
 if TYPE_CHECKING:
@@ -41,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 _SELECTOR = "nvidia.com/dynamo-discovery-enabled=true"
 _OWN = "own records"
+_CATCH_UP = 1.0
+"""seconds until a list is asked for what the watch should have told by then"""
 _BRIEF = 0.5
 """seconds that a removal waits for a server which is known not to answer; it goes on without being waited for"""
-_RESTORE = 5.0
-"""seconds between two restorations of our object: more often would be a fight with whoever changes it"""
 
 
 class KubernetesDiscovery:
@@ -66,12 +67,10 @@ class KubernetesDiscovery:
         self._identity: Identity | None = None
         self._instance_id = random.getrandbits(53)
         self._timer: asyncio.TimerHandle | None = None
-        self._guard: asyncio.TimerHandle | None = None
-        self._seen_own = False
-        self._restored_at = float("-inf")
         self._metadata: Reflector[Metadata]
         self._readiness: Reflector[frozenset[str]]
         self._writer: MetadataWriter
+        self._guard: Guard
 
     @property
     def instance_id(self) -> int:
@@ -106,7 +105,7 @@ class KubernetesDiscovery:
         try:
             await self._applied(self._writer.touch())
             if isinstance(record, ModelRecord):
-                await self._sync(self._metadata)
+                await self._catch_up()
                 self._check_model(record)
         except (UsageError, ApiProblem, TimeoutError) as error:
             if self._owned.pop(key, None) is not None and self._state == "open":
@@ -141,6 +140,14 @@ class KubernetesDiscovery:
     async def _applied(self, change: int, patience: float | None = None) -> None:
         async with asyncio.timeout(self._config.answer_timeout if patience is None else patience):
             await self._writer.applied(change)
+
+    async def _catch_up(self) -> None:
+        """Wait until all is known that others had written when the server took our last apply."""
+        try:
+            async with asyncio.timeout(min(_CATCH_UP, self._config.answer_timeout)):
+                await self._metadata.reach(self._writer.version, since=self._writer.applied_at)
+        except TimeoutError:
+            await self._sync(self._metadata)
 
     async def _try_applied(self, change: int, what: str) -> None:
         try:
@@ -214,46 +221,7 @@ class KubernetesDiscovery:
             if before is not record and before != record:
                 changes[key] = record
         self._view.apply(changes)
-        self._guard_own()
-
-    def _guard_own(self) -> None:
-        """Apply our object again if somebody has changed or deleted it."""
-        if not self._owned or not self._writer.clean or self._identity is None:
-            return
-        version, found = self._metadata.items.get(self._identity.name, ("", None))
-        if version in self._writer.versions:
-            self._seen_own = True
-            return
-        if not self._seen_own and not self._caught_up():
-            return  # news of our own apply are on their way
-        if found is not None and found.records == _as_read(self._owned):
-            return  # the rest of the object is not ours
-        now = asyncio.get_running_loop().time()
-        if now < self._restored_at + _RESTORE:
-            if self._guard is None:
-                self._guard = asyncio.get_running_loop().call_later(self._restored_at + _RESTORE - now, self._guard_again)
-            return
-        self._restored_at = now
-        self._seen_own = False
-        what = "deleted" if found is None else "changed"
-        logger.warning(
-            "somebody has %s DynamoWorkerMetadata %s; it is applied again. If another process of this pod did, use container mode",
-            what,
-            self._identity.name,
-        )
-        self._writer.touch()
-
-    def _caught_up(self) -> bool:
-        """Whether what is known is newer than our last apply: versions count up, and a list is as new as its beginning."""
-        applied = self._writer.versions[-1] if self._writer.versions else ""
-        seen = self._metadata.version
-        if applied.isdigit() and seen.isdigit() and int(seen) >= int(applied):
-            return True
-        return (self._metadata.listed_at or 0.0) > (self._writer.applied_at or 0.0)
-
-    def _guard_again(self) -> None:
-        self._guard = None
-        self._guard_own()
+        self._guard.check()
 
     def _tell(self, source: str, problem: ApiProblem | None) -> None:
         """Keep the status: stale as long as one of our parts is not served. That we may not write makes nothing stale."""
@@ -352,6 +320,7 @@ class KubernetesDiscovery:
             random=self._random,
             clear_first=bool(identity.pod and identity.container),
         )
+        self._guard = Guard(identity.name, writer=self._writer, metadata=self._metadata, owned=self._owned)
 
     async def _first_answers(self, identity: Identity) -> None:
         """Wait until both collections were listed. Raises `ConfigError` for what will not change by itself, else `Unavailable`."""
@@ -377,11 +346,11 @@ class KubernetesDiscovery:
         await asyncio.wait({self._farewell})
 
     async def _leave(self) -> None:
-        for timer in (self._timer, self._guard):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._client is None:
             return
+        self._guard.close()
         try:
             async with asyncio.timeout(self._config.answer_timeout):
                 await self._writer.close()
@@ -400,11 +369,6 @@ class KubernetesDiscovery:
         if self._state != "open" or self._identity is None:
             raise UsageError("the discovery is not open; enter it with `async with`")
         return self._identity
-
-
-def _as_read(records: Mapping[RecordKey, Record]) -> dict[RecordKey, Record]:
-    """As they are after a way through JSON."""
-    return {key: decode_record(encode_record(record)) for key, record in records.items()}
 
 
 def _advice(problem: ApiProblem, location: str) -> str:

@@ -6,7 +6,7 @@ Only imported when a discovery is opened, as it brings an HTTP client along.
 import asyncio
 import email.utils
 import ssl
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -70,7 +70,7 @@ class EventLines:
 
 
 class KubernetesClient:
-    """One process' connections to the API server. Methods raise `ApiProblem`; each takes at most `timeout` seconds, watches aside."""
+    """One process' connections to the API server. Methods raise `ApiProblem`, watches aside after `timeout` seconds of silence."""
 
     def __init__(self, server: str, credentials: Credentials, *, server_name: str = "", timeout: float, clock: Clock) -> None:
         self.server = server
@@ -118,12 +118,13 @@ class KubernetesClient:
     async def _call(
         self, method: str, path: str, params: Mapping[str, str], body: bytes | None = None, content_type: str | None = None
     ) -> bytes:
+        loop = asyncio.get_running_loop()
         try:
             async with (
-                asyncio.timeout(self._timeout),
+                asyncio.timeout(self._timeout) as limit,
                 self._request(method, path, params, body, content_type) as response,
             ):
-                return await _read(response, _MAX_ANSWER)
+                return await _read(response, _MAX_ANSWER, lambda: limit.reschedule(loop.time() + self._timeout))
         except TimeoutError as error:
             raise ApiProblem(f"no answer within {self._timeout:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -183,9 +184,11 @@ class KubernetesClient:
             return None
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit: int, heard: Callable[[], None] = lambda: None) -> bytes:
+    """The whole body; `heard()` is called for each piece of it."""
     body = bytearray()
     async for chunk in response.content.iter_any():
+        heard()
         body += chunk
         if len(body) > limit:
             raise ApiProblem(f"an answer is longer than {limit} bytes")

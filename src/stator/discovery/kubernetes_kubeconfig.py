@@ -134,6 +134,9 @@ def _refuse(cluster: Table, user: Table, name: str, where: str) -> None:
                 f"kubeconfig {where!r}: user {name!r} gets credentials from a helper program ({helper}), which is not run here. "
                 "Give the user a token instead: kubectl create token SERVICE_ACCOUNT --duration 24h"
             )
+    for table, name in ((cluster, "proxy-url"), (user, "as")):
+        if table.get(name):
+            raise ConfigError(f"kubeconfig {where!r} has {name}, which is not understood here; use one that does without")
     if user.get("username") or user.get("password"):
         raise ConfigError(
             f"kubeconfig {where!r}: user {name!r} has a password, which API servers take no more; give it a token"

@@ -81,6 +81,7 @@ class Reflector(Generic[T]):
         self._answered = 0
         self._ended = False
         self._turn = asyncio.Event()
+        self._news = asyncio.Event()
         self._wake = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
         self._failures = 0
@@ -91,10 +92,20 @@ class Reflector(Generic[T]):
         """Whether the collection was listed."""
         return self.listed_at is not None
 
-    @property
-    def version(self) -> str:
-        """The resource version that `items` shows; "" if there is none."""
-        return self._version or ""
+    def has_reached(self, version: str, *, since: float | None) -> bool:
+        """Whether `items` is as new as `version`, which the server made at loop time `since` or before.
+
+        Versions of one kind of objects count up; where they are no numbers, a list that began later tells.
+        """
+        seen = self._version or ""
+        if version.isdigit() and seen.isdigit() and int(seen) >= int(version):
+            return True
+        return self.listed_at is not None and since is not None and self.listed_at > since
+
+    async def reach(self, version: str, *, since: float | None) -> None:
+        """Wait until `has_reached`."""
+        while not self.has_reached(version, since=since) and not self._ended:
+            await self._news.wait()
 
     async def attempt(self) -> None:
         """Wait until the present attempt to list or watch has ended."""
@@ -237,6 +248,7 @@ class Reflector(Generic[T]):
             self._changed()
         if header.resource_version:
             self._version = header.resource_version
+        self._tell_news()
 
     # -- what went wrong
 
@@ -275,3 +287,8 @@ class Reflector(Generic[T]):
         self._answered = max(self._answered, asked)
         turn, self._turn = self._turn, asyncio.Event()
         turn.set()
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()

@@ -74,6 +74,11 @@ class MetadataWriter:
         """Whether the server has what we want it to have, as far as we know."""
         return self._applied == self._wanted
 
+    @property
+    def version(self) -> str:
+        """The resource version that our last apply made; "" before the first one."""
+        return self.versions[-1] if self.versions else ""
+
     def touch(self) -> int:
         """What is owned has changed. The answer is for `applied`."""
         self._wanted += 1
