@@ -2,6 +2,8 @@
 
 import asyncio
 
+from hpack import NeverIndexedHeaderTuple
+
 from stator.errors import ConfigError, ConnectFailed, Disconnected
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.http2_map import (
@@ -122,7 +124,7 @@ class Http2Client:
         """Send a request whose answer is the response body. Raises `UsageError` when it is too large."""
         frame = encode_request(envelope, limit=self._config.max_request)
         call = StreamCall(inbox, line.session, max_item=self._config.max_item, max_input=self._config.max_request)
-        line.session.open(call, self._fields(address, envelope, STREAM_TYPE))
+        line.session.open(call, self._fields(address, envelope, STREAM_TYPE.encode()))
         call.push(frame)
         inbox.link = call
         inbox.advance(Phase.ACCEPT)
@@ -148,7 +150,7 @@ class Http2Client:
                 sender.close()
             raise
         call = PushCall(stream, wheel=self._wheel, limit=self._config.request_timeout)
-        line.session.open(call, self._fields(address, envelope, PUSH_TYPE))
+        line.session.open(call, self._fields(address, envelope, PUSH_TYPE.encode()))
         inbox.link = stream
         if sender is not None:
             assert isinstance(inbox, DuplexInbox)
@@ -158,20 +160,20 @@ class Http2Client:
         call.finish()
         self._host.traffic.sent += sum(map(len, parts))
 
-    def _fields(self, address: HttpAddress, envelope: RequestEnvelope, content_type: str) -> Fields:
+    def _fields(self, address: HttpAddress, envelope: RequestEnvelope, content_type: bytes) -> Fields:
         """The request's header fields; what cannot be one is left out."""
-        fields = [
-            (":method", "POST"),
-            (":scheme", "https" if address.secure else "http"),
-            (":authority", address.authority),
-            (":path", address.target),
-            ("content-type", content_type),
+        fields: list[tuple[bytes, bytes]] = [
+            (b":method", b"POST"),
+            (b":scheme", b"https" if address.secure else b"http"),
+            (b":authority", address.authority.encode()),
+            (b":path", address.target.encode()),
+            (b"content-type", content_type),
         ]
         for name, value in request_headers("", envelope, wall=self._host.clock.wall()).items():
             found = field_value(value)
-            if found:
-                fields.append((name, found))
-        return [(name.encode(), value.encode()) for name, value in fields]
+            if found:  # other ones each time: in the table of fields they would only push out those above
+                fields.append(NeverIndexedHeaderTuple(name.encode(), found.encode()))
+        return fields
 
     # -- connections
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from typing import Self
 
 import msgspec
 
@@ -54,7 +55,7 @@ class Http2Server:
         self._url = ""
 
     @classmethod
-    async def listen(cls, config: Http2Config, host: PlaneHost) -> "Http2Server":
+    async def listen(cls, config: Http2Config, host: PlaneHost) -> Self:
         """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
         bound = await numeric_host(config.host or host.bind_host)
         if is_loopback(host.bind_host) and not is_loopback(bound):
