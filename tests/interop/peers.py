@@ -20,6 +20,7 @@ from stator.runtime.plugins import load_plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / ".venv-reference" / "bin" / "python"
+REFERENCE_NEW = ROOT / ".venv-reference-1.6.1" / "bin" / "python"
 HERE = Path(__file__).resolve().parent
 
 _tags = itertools.count(1)
@@ -28,10 +29,10 @@ _tags = itertools.count(1)
 class Peer:
     """One process of the reference, asked in lines of JSON."""
 
-    def __init__(self, script: str, root: Path, env: dict[str, str]) -> None:
+    def __init__(self, script: str, root: Path, env: dict[str, str], *, python: Path = REFERENCE) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
-            [str(REFERENCE), str(HERE / script)],
+            [str(python), str(HERE / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -108,9 +109,9 @@ class Peer:
 
 
 @contextmanager
-def peer(script: str, root: Path, **env: str) -> Iterator[Peer]:
-    """A running process of the reference."""
-    process = Peer(script, root, env)
+def peer(script: str, root: Path, *, python: Path = REFERENCE, **env: str) -> Iterator[Peer]:
+    """A running process of the reference, of the release that `python` belongs to."""
+    process = Peer(script, root, env, python=python)
     try:
         process.wait_ready()
         yield process

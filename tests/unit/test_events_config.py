@@ -4,10 +4,10 @@ import pytest
 
 from stator.errors import ConfigError, UsageError
 from stator.events import Channel, EventHost, EventsConfig
-from stator.events.nats_config import NatsConfig, shown_url
 from stator.events.zmq_config import Brokers, ZmqEventsConfig
 from stator.protocol.event_frame import MAX_ENVELOPE
 from stator.settings import load
+from stator.transports.nats.config import NatsConfig, shown_url
 
 pytestmark = pytest.mark.timeout(10)
 

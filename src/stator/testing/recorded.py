@@ -1,7 +1,7 @@
 """Bytes recorded from running peers: each file holds exactly what one side put on a socket.
 
 The peer is Dynamo 1.3.1 unless the name says otherwise. Numbers: 01–07 a client, 20–24 a worker's acknowledgements, 30–37 a
-worker's call-home connections, 50–52 discovery records, 60 a client of 1.6.1.
+worker's call-home connections, 40–42 a client and a worker over NATS, 50–52 discovery records, 60 a client of 1.6.1.
 """
 
 from importlib.resources import files

@@ -270,6 +270,7 @@ class CallHomeListener:
         self._silent: dict[CallHomeConnection, None] = {}
         self._connected: set[CallHomeConnection] = set()
         self._server: asyncio.Server | None = None
+        self._closed = False
         self.traffic = Traffic()
         """where the request connections count"""
         self.loopback = False
@@ -354,6 +355,9 @@ class CallHomeListener:
 
     def opened(self, connection: CallHomeConnection) -> None:
         """Somebody connected and has not said for whom."""
+        if self._closed:  # the kernel had taken it before
+            connection.abort()
+            return
         connection.since = self._wheel.now()
         self._connected.add(connection)
         self._silent[connection] = None
@@ -406,6 +410,7 @@ class CallHomeListener:
 
     async def aclose(self) -> None:
         """Stop listening; streams end `Disconnected`, workers are told by the end of their connections."""
+        self._closed = True
         server, self._server = self._server, None
         if server is not None:
             server.close()

@@ -1,0 +1,357 @@
+"""What a release of the reference and Stator exchange, whatever it goes by: subclass `Exchanges`, say which release and which plane.
+
+One worker and one client of the reference per class; workers and clients of ours per case.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+
+from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
+from stator.errors import Cancelled, EngineError, StatorError
+from stator.protocol.records import EndpointRecord
+from stator.runtime import Client, Context, Runtime
+from stator.testing.nats_server import NatsServer, nats_server
+from stator.testing.plane_suite import eventually
+
+__all__ = ["Exchanges", "Place", "counted"]
+
+_numbers = itertools.count(1)
+
+VALUES = [None, True, -1.5, "grüße 👍\u2028\x00", [1, [2]], {"a": {"b": None}}, 2**63, -(2**63), {"data": 1, "event": "error"}]
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where both sides meet."""
+
+    root: Path
+    python: Path
+    nats: NatsServer | None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What a process of the reference is told."""
+        if self.nats is None:
+            return {}
+        return {"DYN_REQUEST_PLANE": "nats", "NATS_SERVER": self.nats.url}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a runtime of ours is told."""
+        common: dict[str, Any] = {"plane": "compatible", "discovery": "file", "file__root": str(self.root)}
+        if self.nats is not None:
+            common |= {"request_plane": "nats", "nats__servers": (self.nats.url,)}
+        return common
+
+    @contextmanager
+    def peer(self, script: str, **env: str) -> Iterator[Peer]:
+        with peer(script, self.root, python=self.python, **self.variables, **env) as process:
+            yield process
+
+    def wait_for(self, endpoint: str) -> EndpointRecord:
+        """The record of an endpoint of the reference, as soon as it is there."""
+        deadline = time.monotonic() + 60
+        while True:
+            found = [record for record in records_in(self.root) if record.endpoint == endpoint]
+            if found:
+                return found[0]
+            assert time.monotonic() < deadline, f"{endpoint} was not registered"
+            time.sleep(0.05)
+
+    @asynccontextmanager
+    async def calling(self, endpoint: str, **settings: Any) -> AsyncGenerator[Client, None]:
+        """A client of ours."""
+        async with Runtime.connect(**self.settings, **settings) as runtime:
+            client = await runtime.endpoint(f"demo.backend.{endpoint}").client()
+            await client.wait_for_instances()
+            yield client
+
+    @asynccontextmanager
+    async def working(self, handler: Any, **settings: Any) -> AsyncGenerator["Ours", None]:
+        """A worker of ours, at an endpoint of its own."""
+        ours = Ours(handler, f"demo.backend.t{next(_numbers)}")
+        async with (
+            Runtime.connect(**self.settings, **settings) as runtime,
+            runtime.endpoint(ours.endpoint).serving(ours.generate) as ours.served,
+        ):
+            yield ours
+
+
+class Ours:
+    """What a worker of ours saw."""
+
+    def __init__(self, handler: Any, endpoint: str) -> None:
+        self._handler = handler
+        self.endpoint = endpoint
+        self.contexts: list[Context] = []
+        self.ended: list[str] = []
+        self.served: Any = None
+
+    async def generate(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        self.contexts.append(context)
+        end = "complete"
+        try:
+            async for item in self._handler(request, context):
+                yield item
+        except BaseException as error:
+            end = type(error).__name__
+            raise
+        finally:
+            self.ended.append(end)
+
+
+async def journal(client: Client, id: str) -> dict[str, Any]:
+    """What the reference's worker noted at the end of request `id`."""
+    deadline = asyncio.get_running_loop().time() + 10
+    while True:
+        (ended,) = await client.generate({"mode": "journal", "of": id}).collect()
+        if ended:
+            return ended[0]
+        assert asyncio.get_running_loop().time() < deadline, f"{id} did not end at the worker"
+        await asyncio.sleep(0.05)
+
+
+async def count(request: Any, context: Context) -> AsyncIterator[Any]:
+    for number in range(request["n"]):
+        yield {"token_ids": [number], "text": "tok"}
+
+
+async def endless(request: Any, context: Context) -> AsyncIterator[Any]:
+    number = 0
+    while not context.is_stopped:
+        yield number
+        number += 1
+        await asyncio.sleep(0.002)
+
+
+def counted(n: int) -> list[Any]:
+    return [{"token_ids": [number], "text": "tok"} for number in range(n)]
+
+
+def digest(items: list[Any]) -> dict[str, Any]:
+    return {"count": len(items), "sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
+
+
+class Exchanges:
+    """The cases."""
+
+    reference: ClassVar[Path] = REFERENCE
+    over_nats: ClassVar[bool] = False
+    error_text: ClassVar[str] = "ValueError: BackendInvalidArgument: ValueError: boom"
+    """how its Python client shows a `ValueError("boom")` of our worker"""
+    unsendable: ClassVar[str] = "ValueError: BackendUnknown: object value cannot be sent"
+    overloaded: ClassVar[str] = "ResourceExhausted"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def place(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+        root = discovery_root(tmp_path_factory)
+        if not cls.over_nats:
+            yield Place(root=root, python=cls.reference, nats=None)
+            return
+        with nats_server(tmp_path_factory.mktemp("nats")) as server:
+            yield Place(root=root, python=cls.reference, nats=server)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def worker(cls, place: Place) -> Iterator[Peer]:
+        with place.peer("peer_worker.py") as process:
+            place.wait_for("generate")
+            place.wait_for("broken")
+            yield process
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def talker(cls, place: Place) -> Iterator[Peer]:
+        with place.peer("peer_bidirectional.py") as process:
+            place.wait_for("converse")
+            place.wait_for("journal")
+            yield process
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def client(cls, place: Place) -> Iterator[Peer]:
+        with place.peer("peer_client.py") as process:
+            yield process
+
+    # -- its worker, our client
+
+    @pytest.mark.parametrize("n", [0, 1, 10_000])
+    async def test_its_items(self, place: Place, worker: Peer, n: int) -> None:
+        async with place.calling("generate") as client:
+            assert await client.generate({"mode": "count", "n": n}).collect() == counted(n)
+
+    @pytest.mark.parametrize("codec", ["json", "msgpack"])
+    async def test_values_there_and_back(self, place: Place, worker: Peer, codec: str) -> None:
+        async with place.calling("generate", tcp__codec=codec) as client:
+            for value in [*VALUES, "x" * 500_000]:
+                assert await client.generate({"mode": "echo", "value": value}).collect() == [value]
+
+    async def test_an_item_of_ten_megabytes(self, place: Place, worker: Peer) -> None:
+        async with place.calling("generate") as client:
+            assert await client.generate({"mode": "big", "n": 10_000_000}).collect() == ["x" * 10_000_000]
+
+    async def test_its_facts(self, place: Place, worker: Peer) -> None:
+        async with place.calling("generate") as client:
+            (facts,) = await client.generate({"mode": "facts"}, id="my-id", metadata={"tenant": "t1", "ü": "ö"}).collect()
+            assert (facts["id"], facts["metadata"]) == ("my-id", {"tenant": "t1", "ü": "ö"})
+
+    @pytest.mark.parametrize("n", [0, 2])
+    async def test_its_error(self, place: Place, worker: Peer, n: int) -> None:
+        async with place.calling("generate") as client:
+            got: list[Any] = []
+            with pytest.raises(EngineError, match="boom") as caught:
+                async for item in client.generate({"mode": "raise", "n": n}):
+                    got.append(item)
+            assert got == list(range(n))
+            assert caught.value.kind == "InvalidArgument"
+            assert [caught.value.instance] == client.instance_ids()
+
+    async def test_its_handler_that_does_not_start(self, place: Place, worker: Peer) -> None:
+        async with place.calling("broken") as client:
+            with pytest.raises(StatorError, match="not today"):
+                await client.generate({}, retry="never").collect()
+
+    async def test_stopping_it(self, place: Place, worker: Peer) -> None:
+        async with place.calling("generate") as client:
+            async with client.generate({"mode": "until stopped"}, id="stopped") as stream:
+                async for item in stream:
+                    if item == 3:
+                        stream.stop()
+            noted = await journal(client, "stopped")
+            assert (noted["stopped"], noted["killed"]) == (True, False)
+
+    async def test_killing_it(self, place: Place, worker: Peer) -> None:
+        async with place.calling("generate") as client:
+            async with client.generate({"mode": "hold"}, id="killed") as stream:
+                assert await anext(stream) == 1
+                stream.kill()
+                with pytest.raises(Cancelled):
+                    await anext(stream)
+            assert (await journal(client, "killed"))["killed"]
+
+    async def test_two_hundred_requests_to_it_at_once(self, place: Place, worker: Peer) -> None:
+        async with place.calling("generate") as client:
+            answers = await asyncio.gather(*(client.generate({"mode": "count", "n": 30}).collect() for _ in range(200)))
+            assert all(answer == counted(30) for answer in answers)
+
+    async def test_a_conversation_with_it(self, place: Place, talker: Peer) -> None:
+        async with place.calling("converse") as client, client.converse(id="talk", metadata={"a": "b"}) as conversation:
+            for number, value in enumerate([{"x": 1}, 2, "drei 👍", [None]]):
+                assert await conversation.send(value)
+                assert await anext(conversation) == {"echo": value, "n": number + 1}
+            await conversation.end_input()
+            assert await conversation.collect() == ["bye"]
+
+    async def test_stopping_a_conversation_with_it(self, place: Place, talker: Peer) -> None:
+        async with place.calling("converse") as client, place.calling("journal") as noted:
+            async with client.converse(id="stopped talk") as conversation:
+                await conversation.send({"mode": "hold"})
+                assert await anext(conversation) == "holding"
+                conversation.stop()
+                assert await conversation.collect() == []
+            seen = await journal(noted, "stopped talk")
+            assert (seen["stopped"], seen["killed"]) == (True, False)
+
+    # -- its client, our worker
+
+    @pytest.mark.parametrize("n", [0, 1, 3])
+    async def test_our_items(self, place: Place, client: Peer, n: int) -> None:
+        async with place.working(count) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={"n": n})
+            assert answer["error"] is None, answer
+            assert answer["items"] == counted(n)
+
+    async def test_ten_thousand_of_our_items(self, place: Place, client: Peer) -> None:
+        async with place.working(count) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={"n": 10_000})
+            assert answer["error"] is None, answer
+            assert answer["items"] == digest(counted(10_000))
+
+    async def test_our_values(self, place: Place, client: Peer) -> None:
+        async def echo(request: Any, context: Context) -> AsyncIterator[Any]:
+            yield request
+            for value in request["values"][1:]:
+                yield value
+            yield {"nan": float("nan")}
+
+        async with place.working(echo) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={"values": VALUES})
+            assert answer["error"] is None, answer
+            assert answer["items"] == [{"values": VALUES}, *VALUES[1:], {"nan": None}]
+
+    @pytest.mark.parametrize("first", [0, 2])
+    async def test_our_error(self, place: Place, client: Peer, first: int) -> None:
+        async def fails(request: Any, context: Context) -> AsyncIterator[Any]:
+            for number in range(first):
+                yield number
+            raise ValueError("boom")
+
+        async with place.working(fails) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={})
+            assert answer["items"] == list(range(first))
+            assert answer["error"] == self.error_text, answer
+
+    async def test_our_item_that_cannot_be_sent(self, place: Place, client: Peer) -> None:
+        async def unsendable(request: Any, context: Context) -> AsyncIterator[Any]:
+            yield 1
+            yield object()
+
+        async with place.working(unsendable) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={})
+            assert answer["items"] == [1]
+            assert answer["error"].startswith(self.unsendable), answer
+
+    async def test_it_stops_us(self, place: Place, client: Peer) -> None:
+        async with place.working(endless) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={}, take=3, then="stop")
+            assert answer["error"] is None, answer
+            assert answer["items"][:3] == [0, 1, 2]
+            await eventually(lambda: ours.ended == ["complete"], what="the handler ended by itself")
+            assert not ours.contexts[0].is_killed
+
+    async def test_it_drops_our_stream(self, place: Place, client: Peer) -> None:
+        async with place.working(endless) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={}, take=3, then="drop")
+            assert answer["items"] == [0, 1, 2]
+            await eventually(lambda: len(ours.ended) == 1, what="the handler ended")
+            assert ours.contexts[0].is_killed
+
+    async def test_our_facts(self, place: Place, client: Peer) -> None:
+        async with place.working(count) as ours:
+            metadata = {"tenant": "t1", "ü": "ö"}
+            await client.ask(endpoint=ours.endpoint, request={"n": 1}, id="my-request", metadata=metadata)
+            assert (ours.contexts[0].id, ours.contexts[0].metadata) == ("my-request", metadata)
+
+    async def test_two_hundred_requests_of_it_at_once(self, place: Place, client: Peer) -> None:
+        async with place.working(count) as ours:
+            answer = await client.ask(endpoint=ours.endpoint, request={"n": 30}, times=200)
+            assert {result["error"] for result in answer["results"]} == {None}
+            assert all(result["items"] == counted(30) for result in answer["results"])
+
+    async def test_we_are_at_capacity(self, place: Place, client: Peer) -> None:
+        go = asyncio.Event()
+
+        async def waits(request: Any, context: Context) -> AsyncIterator[Any]:
+            if request:
+                await go.wait()
+            yield 1
+
+        async with place.working(waits, admission__slots=1, admission__queue=2) as ours:
+            await client.ask(endpoint=ours.endpoint, request=0)  # over NATS, 1.6.1 hangs when it makes many clients at once
+            running = [client.ask_soon(endpoint=ours.endpoint, request=1, id=f"r{n}") for n in range(6)]
+            await eventually(lambda: sum(not one.empty() for one in running) == 3, within=20, what="three were refused")
+            go.set()
+            answers = [await asyncio.to_thread(one.get, True, 30) for one in running]
+            refused = [answer["error"] for answer in answers if answer["error"]]
+            assert len(refused) == 3
+            assert all(self.overloaded in error for error in refused), refused
