@@ -132,19 +132,6 @@ async def test_a_file_that_is_gone_for_a_while(path: Path, models: FakeModels) -
         await until(lambda: reloads(running) == 1)
 
 
-async def test_a_file_that_is_being_written_is_not_read(path: Path, models: FakeModels) -> None:
-    """Whole tables at every moment, so that each state of it could be read: none is until it stands still."""
-    async with frontend(models, api_keys_path=path) as running:
-        with path.open("a") as file:
-            for number in range(12):
-                file.write('\n[[keys]]\nname = "n{0}"\nhash = "sha256:{0:064}"\n'.format(number + 10))
-                file.flush()
-                await asyncio.sleep(0.15)
-                assert reloads(running) == 0
-        await until(lambda: reloads(running) == 1)
-        assert running.sample("stator_frontend_keys") == 13
-
-
 async def test_a_link_that_is_moved(tmp_path: Path, models: FakeModels) -> None:
     """As Kubernetes changes what it mounts."""
     for name in KEYS:

@@ -1,13 +1,17 @@
 """The file of API keys: what it may say, and how mistakes are told."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
 from stator.errors import ConfigError
+from stator.frontend import key_metrics
 from stator.frontend.key_file import KeyFileError, KeyRecord, parse_keys, permission_problem, read_keys
+from stator.frontend.key_metrics import KeyMetrics
 from stator.frontend.permit import Priority
+from stator.telemetry import MetricSet
 
 HASH = "sha256:" + "ab" * 32
 OTHER = "sha256:" + "cd" * 32
@@ -197,3 +201,23 @@ def test_documented_hash_command() -> None:
     digest = hashlib.sha256(b"any key of enough randomness").hexdigest()
     (record,) = parse_keys(f'[[keys]]\nname = "a"\nhash = "sha256:{digest}"\n', "file")
     assert record.digest.hex() == digest
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "api-keys.md").read_text("utf-8")
+
+
+def test_the_documented_file_is_one() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (record,) = parse_keys(re.sub(r"sha256:\w+…", HASH, block), "docs/api-keys.md")
+    assert all(getattr(record, field) is not None for field in KeyRecord.__struct_fields__)
+    assert (record.name, record.admin) == ("team-a", False)
+
+
+def test_the_documented_metrics_are_those_there_are() -> None:
+    page = MetricSet()
+    counters = KeyMetrics(page).of("name")
+    documented = set(re.findall(r"`(stator_frontend_key\w+)", PAGE))
+    assert {name for name, _ in page._entries} == documented
+    for reason in re.findall(r"refused to a good key: (.*?) \|", PAGE)[0].replace("`", "").split(", "):
+        assert reason in key_metrics._REASONS
+        counters.refused(reason)
