@@ -215,7 +215,7 @@ def frame(kind: int, payload: bytes = b"", *, flags: int = 0, stream: int = 1) -
         (frame(1, b"\xff\xff\xff\xff", flags=4), b"header block"),
         (b"\xff" * 9, b"allowed are 1048576"),
         (frame(1, b"x" * 16_000) + frame(9, b"x" * 16_000) * 9, b"header block of more than 131072"),
-        (frame(6, b"12345678", stream=0) * 6000, b"frames per second that carry nothing"),
+        (frame(6, b"12345678", stream=0) * 20_000, b"frames per second that carry nothing"),
         (frame(3, b"\0\0\0\x08", stream=1), b"not HTTP/2"),
         (frame(8, b"\0\0\0\0", stream=0), b"not HTTP/2"),
     ],
@@ -241,8 +241,11 @@ async def test_a_client_that_breaks_the_protocol_is_told_counted_and_cut(said: b
 
 
 async def test_rapid_resets_end_the_connection() -> None:
-    async with bench(talks) as worker, await RawClient.connect(worker.port) as client:
-        for _ in range(6000):
+    async with bench(talks) as worker:
+        limits = worker.server._limits  # pyright: ignore[reportPrivateUsage]
+        worker.server._limits = msgspec.structs.replace(limits, idle_rate=10.0, idle_burst=500.0)  # pyright: ignore[reportPrivateUsage]
+        client = await RawClient.connect(worker.port)
+        for _ in range(2000):
             client.h2.reset_stream(client.ask(b"", end=False), 8)
         client.flush()
         heard = b""
@@ -251,6 +254,7 @@ async def test_rapid_resets_end_the_connection() -> None:
                 while data := await client.reader.read(65_536):
                     heard += data
         assert b"carry nothing" in heard
+        client.writer.transport.abort()
         await eventually(lambda: worker.server.counts.get("protocol") == 1, what="the flood was counted")
 
 

@@ -23,7 +23,7 @@ from stator.protocol.control_message import decode_control_message, read_call_ho
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import ErrorCode
-from stator.protocol.http2_map import STREAM_TYPE, Fields, field_values
+from stator.protocol.http2_map import DRAINING, STREAM_TYPE, Fields, field_values
 from stator.protocol.http2_session import Session, SessionLimits
 from stator.protocol.item_frame import FINAL, encode_item
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
@@ -34,6 +34,7 @@ from stator.transports.http2 import Http2Config
 from stator.transports.http2.client import Http2Client
 from stator.transports.http2.connection import Http2Connection
 from stator.transports.inbox import Inbox, Patience, PhaseLimits
+from stator.transports.plane import InstanceObserver
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -130,8 +131,10 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(listener: Callable[[], asyncio.Protocol] | None = None, **config: Any) -> AsyncIterator[Bench]:
-    host = loopback_host(resolution=0.02)
+async def bench(
+    listener: Callable[[], asyncio.Protocol] | None = None, *, observer: InstanceObserver | None = None, **config: Any
+) -> AsyncIterator[Bench]:
+    host = loopback_host(resolution=0.02, observer=observer)
     client = await Http2Client.start(Http2Config(**config), host)
     front = Front(DeadlineWheel(asyncio.get_running_loop(), resolution=0.02))
     strangers: list[Any] = []
@@ -303,6 +306,52 @@ async def test_a_connection_that_goes_away_finishes_and_the_next_request_makes_a
         asked.push(ITEMS + FINAL["json"] + SENTINEL)
         asked.finish()
         assert await drain(first) == [1, 2]
+
+
+class Watcher:
+    """Notes how instances fare."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def suspect(self, instance: int) -> None:
+        self.seen.append(f"suspect {instance}")
+
+    def recovered(self, instance: int) -> None:
+        self.seen.append(f"recovered {instance}")
+
+    def lost(self, instance: int, reason: str) -> None:
+        self.seen.append(f"lost {instance}")
+
+    def draining(self, instance: int) -> None:
+        self.seen.append(f"draining {instance}")
+
+
+@pytest.mark.parametrize(("reason", "seen"), [(DRAINING, ["draining 16", "lost 16"]), ("reload of the proxy", ["lost 16"])])
+async def test_whose_connection_ends_is_noted_and_who_drains(reason: str, seen: list[str]) -> None:
+    watcher = Watcher()
+    async with bench(observer=watcher) as caller:
+        inbox = await caller.open()
+        (await caller.front.request()).answer(200, STREAM, body=ITEMS, end=False)
+        assert await inbox.more()
+        caller.front.session.drain(reason)
+        await eventually(lambda: caller.client._lines()[0].session.draining, what="the caller was told")  # pyright: ignore[reportPrivateUsage]
+        caller.front.connections[0].abort(Disconnected("killed"))
+        with pytest.raises(StreamIncomplete):
+            await drain(inbox)
+        assert watcher.seen == seen
+
+
+async def test_a_connection_without_requests_is_nobodys_loss() -> None:
+    watcher = Watcher()
+    async with bench(observer=watcher) as caller:
+        inbox = await caller.open()
+        (await caller.front.request()).answer(200, STREAM, body=ITEMS + FINAL["json"] + SENTINEL)
+        assert await drain(inbox) == [1, 2]
+        await eventually(lambda: caller.client.open_streams == 0, what="the stream ended")
+        caller.front.connections[0].abort(Disconnected("killed"))
+        await eventually(lambda: caller.client.connections == 0, what="the connection ended")
+        assert watcher.seen == []
 
 
 async def test_what_leaves_discovery_is_not_waited_for() -> None:

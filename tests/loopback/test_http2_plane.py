@@ -26,10 +26,10 @@ from stator.transports.http2 import Http2Config, Http2Plane
 from stator.transports.http2.client import Http2Client
 from stator.transports.http2.server import Http2Server
 from stator.transports.inbox import Inbox, Patience, PhaseLimits
-from stator.transports.plane import PlaneHost
+from stator.transports.plane import InstanceObserver, PlaneHost
 
 
-def loopback_host(*, resolution: float = 0.1, **facts: Any) -> PlaneHost:
+def loopback_host(*, resolution: float = 0.1, observer: InstanceObserver | None = None, **facts: Any) -> PlaneHost:
     return PlaneHost(
         process="a" * 32,
         bind_host="127.0.0.1",
@@ -38,7 +38,7 @@ def loopback_host(*, resolution: float = 0.1, **facts: Any) -> PlaneHost:
         wheel=DeadlineWheel(asyncio.get_running_loop(), resolution=resolution),
         clock=SystemClock(),
         random=Random(1),
-        observer=None,
+        observer=observer,
         **facts,
     )
 

@@ -36,8 +36,8 @@ def set_no_delay(transport: asyncio.BaseTransport) -> None:
 class Http2Connection(asyncio.Protocol):
     """One socket and its session. The owner makes the session with `wake=connection.wake`, then calls `attach`.
 
-    `lost(connection, reason)` is called once, when the connection has ended for whatever reason; `changed` when there may be room for
-    streams, or none any more. `patience`: seconds until the other side's settings must be here.
+    `lost(connection, reason)` is called once, when the connection has ended for whatever reason, and before its streams hear of it;
+    `changed` when there may be room for streams, or none any more. `patience`: seconds until the other side's settings must be here.
     """
 
     slot: set[Timed] | None = None
@@ -129,8 +129,8 @@ class Http2Connection(asyncio.Protocol):
             told = exc if isinstance(exc, StatorError) else None
             why = f"connection lost: {exc}" if exc else "connection closed by the other side"
             reason = self._reason or told or Disconnected(why)
-            session.close(reason.message)
             self._lost(self, reason)
+            session.close(reason.message)
 
     # -- sending
 

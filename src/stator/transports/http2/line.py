@@ -98,6 +98,9 @@ class Line:
         if not self.greeted.done():
             self.greeted.set_exception(reason if isinstance(reason, OSError) else ConnectFailed(reason.message))
             self.greeted.exception()  # whoever waited may have gone
+        if self._host.observer is not None:
+            for instance in self.instances():
+                self._host.observer.lost(instance, reason.message)
         self._gone(self)
 
 
