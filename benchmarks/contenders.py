@@ -21,8 +21,10 @@ __all__ = [
     "Contender",
     "Session",
     "choose",
+    "reference",
     "sessions",
     "start",
+    "stator",
 ]
 
 _START_LIMIT = 30.0
@@ -88,33 +90,35 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 FLOOR = Contender(name="floor", label="TCP floor", package="prototypes", prefix="floor_", dialled=True)
 
 
-def _reference(version: str, folder: str) -> Contender:
+def reference(version: str, folder: str, plane: str = "", **settings: str) -> Contender:
+    """The reference; `settings` are variables on top of the usual ones, and `plane` says what they make of it."""
     return Contender(
-        name=f"reference-{version}",
-        label=f"reference {version}",
+        name=f"reference-{version}" + (f"-{plane}" if plane else ""),
+        label=f"reference {version}" + (f", {plane}" if plane else ""),
         package="reference",
         python=ROOT / folder / "bin" / "python",
-        environment=REFERENCE_ENVIRONMENT,
+        environment=REFERENCE_ENVIRONMENT | settings,
     )
 
 
-def _stator(name: str, label: str, **settings: str) -> Contender:
+def stator(name: str, label: str, **settings: str) -> Contender:
+    """Stator; `settings` are variables on top of the usual ones."""
     return Contender(name=name, label=label, package="ours", environment=STATOR_ENVIRONMENT | settings)
 
 
-REFERENCES = (_reference("1.3.1", ".venv-reference"), _reference("1.6.1", ".venv-reference-1.6.1"))
-NATIVE_TCP = _stator("stator-native-tcp", "Stator native, TCP only", STATOR_PLANE="native", STATOR_NATIVE_UNIX="false")
+REFERENCES = (reference("1.3.1", ".venv-reference"), reference("1.6.1", ".venv-reference-1.6.1"))
+NATIVE_TCP = stator("stator-native-tcp", "Stator native, TCP only", STATOR_PLANE="native", STATOR_NATIVE_UNIX="false")
 QUIET = (
-    _stator("stator-native-quiet", "Stator native, logs off", STATOR_PLANE="native", STATOR_LOG="error"),
-    _stator("stator-compatible-quiet", "Stator compatible, logs off", STATOR_PLANE="compatible", STATOR_LOG="error"),
+    stator("stator-native-quiet", "Stator native, logs off", STATOR_PLANE="native", STATOR_LOG="error"),
+    stator("stator-compatible-quiet", "Stator compatible, logs off", STATOR_PLANE="compatible", STATOR_LOG="error"),
 )
 RUNTIMES = (
     FLOOR,
     *REFERENCES,
     Contender(name="prototype", label="native prototype", package="prototypes", prefix="native_", dialled=True),
-    _stator("stator-native", "Stator native", STATOR_PLANE="native"),
+    stator("stator-native", "Stator native", STATOR_PLANE="native"),
     NATIVE_TCP,
-    _stator("stator-compatible", "Stator compatible", STATOR_PLANE="compatible"),
+    stator("stator-compatible", "Stator compatible", STATOR_PLANE="compatible"),
     *QUIET,
 )
 
@@ -125,14 +129,15 @@ def choose(contenders: Sequence[Contender], names: Sequence[str]) -> list[Conten
 
 
 @contextmanager
-def start(contender: Contender, directory: Path) -> Iterator[Session]:
-    """Start worker and client and wait until the client found the worker. `directory` is empty and theirs alone.
+def start(contender: Contender, directory: Path, places: Mapping[str, str] | None = None) -> Iterator[Session]:
+    """Start worker and client and wait until the client found the worker. `directory` is empty and theirs alone; `places` are
+    further names that values of the environment may have in braces.
 
     Raises `ChildFailed` with the reason when one of them does not come up; nothing is left running then.
     """
     if not contender.python.exists():
         raise ChildFailed(f"{contender.python.relative_to(ROOT)} is missing; `make bench` installs it")
-    extra = {key: value.format(directory=directory) for key, value in contender.environment.items()}
+    extra = {key: value.format(directory=directory, **(places or {})) for key, value in contender.environment.items()}
     environment = child_environment(extra)
 
     def command(role: str) -> list[str]:
@@ -153,7 +158,9 @@ def start(contender: Contender, directory: Path) -> Iterator[Session]:
 
 
 @contextmanager
-def sessions(contenders: Sequence[Contender], directory: Path, unavailable: dict[str, str]) -> Iterator[list[Session]]:
+def sessions(
+    contenders: Sequence[Contender], directory: Path, unavailable: dict[str, str], places: Mapping[str, str] | None = None
+) -> Iterator[list[Session]]:
     """Start all contenders that are not in `unavailable` yet; those that fail are put there with the reason."""
     with ExitStack() as stack:
         running: list[Session] = []
@@ -163,7 +170,7 @@ def sessions(contenders: Sequence[Contender], directory: Path, unavailable: dict
             own = directory / contender.name
             own.mkdir()
             try:
-                running.append(stack.enter_context(start(contender, own)))
+                running.append(stack.enter_context(start(contender, own, places)))
             except ChildFailed as failure:
                 unavailable[contender.name] = str(failure)
         yield running

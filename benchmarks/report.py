@@ -88,9 +88,14 @@ class Samples:
 
         Each ratio is taken inside one repeat, where the two ran one after the other: drift of the machine cancels.
         """
+        found = self.ratios(row, contender, peer, metric)
+        return statistics.median(found.values()) if found else None
+
+    def ratios(self, row: str, contender: str, peer: str, metric: str) -> dict[int, float]:
+        """Contender ÷ peer in each repeat that has both."""
         ours, theirs = self._metrics.get((row, contender), {}), self._metrics.get((row, peer), {})
         both = [repeat for repeat in ours if repeat in theirs and theirs[repeat][metric]]
-        return statistics.median(ours[i][metric] / theirs[i][metric] for i in both) if both else None
+        return {i: ours[i][metric] / theirs[i][metric] for i in both}
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,61 +1,18 @@
 """How fast do two processes stream to each other: rates, latency, CPU per token, for every runtime and plane."""
 
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
-from benchmarks.children import ChildFailed
-from benchmarks.contenders import FLOOR, REFERENCES, RUNTIMES, Session, choose, sessions
-from benchmarks.report import Plan, Report, Row, Samples, Target
+from benchmarks.contenders import FLOOR, REFERENCES, RUNTIMES, choose
+from benchmarks.exercises import ITEMS, LATENCY, REQUESTS, Exercise, measure
+from benchmarks.report import Plan, Report, Row, Target
 
 __all__ = ["answer"]
 
-_LIMIT = 60.0
-"""Seconds a measure may take before its contender counts as hung."""
-
-
-class _Exercise(msgspec.Struct, frozen=True, kw_only=True):
-    """A row and the orders that fill it, in full and in quick runs."""
-
-    row: Row
-    order: Mapping[str, Any]
-    quick: Mapping[str, Any]
-    rounds: int = 1
-    """how often it is measured, alternately, in one repeat"""
-
-
-def _throughput(row: Row, *, items: int, concurrency: int, rounds: int = 1) -> _Exercise:
-    order = {"measure": "throughput", "items": items, "concurrency": concurrency}
-    return _Exercise(
-        row=row,
-        order=order | {"seconds": 2.0 / rounds, "warmup": 0.5 / rounds},
-        quick=order | {"seconds": 0.25 / rounds, "warmup": 0.1 / rounds},
-        rounds=rounds,
-    )
-
-
-_TIMES = ("p50_ms", "p99_ms")
 _EXERCISES = (
-    _throughput(
-        Row(name="items", title="items/s, 64 streams × 128 items", metric="items_per_s", unit="1/s", beside=_TIMES),
-        items=128,
-        concurrency=64,
-    ),
-    _throughput(
-        Row(name="requests", title="requests/s, 1 item, 64 in flight", metric="requests_per_s", unit="1/s", beside=_TIMES),
-        items=1,
-        concurrency=64,
-    ),
-    _throughput(
-        Row(name="latency", title="latency p50, 1 item, 1 in flight", metric="p50_ms", unit="ms", digits=3, beside=("p99_ms",)),
-        items=1,
-        concurrency=1,
-        rounds=4,
-    ),
-    _Exercise(
+    ITEMS,
+    REQUESTS,
+    LATENCY,
+    Exercise(
         row=Row(
             name="cpu",
             title="CPU per token, both sides, 256 streams paced 50 tokens/s",
@@ -109,13 +66,8 @@ _METHOD = (
 def answer(plan: Plan) -> Report:
     """Measure all chosen contenders."""
     contenders = choose(RUNTIMES, plan.contenders)
-    samples, unavailable = Samples(), dict[str, str]()
-    for repeat in range(plan.repeats):
-        with (
-            tempfile.TemporaryDirectory(prefix="stator-bench-") as directory,
-            sessions(contenders, Path(directory), unavailable) as running,
-        ):
-            _measure_repeat(repeat, running, plan, samples, unavailable)
+    unavailable = dict[str, str]()
+    samples = measure(_EXERCISES, contenders, plan, unavailable)
     names = {contender.name for contender in contenders}
     return Report(
         name="runtime_planes",
@@ -127,31 +79,3 @@ def answer(plan: Plan) -> Report:
         targets=[target for target in _TARGETS if target.contender in names],
         unavailable=unavailable,
     )
-
-
-def _measure_repeat(repeat: int, running: list[Session], plan: Plan, samples: Samples, unavailable: dict[str, str]) -> None:
-    for exercise in _EXERCISES:
-        for round_ in range(exercise.rounds):
-            number = repeat * exercise.rounds + round_
-            for session in rotated(running, number):
-                if session.contender.name not in unavailable:
-                    _measure(exercise, number, session, plan, samples, unavailable)
-
-
-def _measure(
-    exercise: _Exercise, number: int, session: Session, plan: Plan, samples: Samples, unavailable: dict[str, str]
-) -> None:
-    name = session.contender.name
-    try:
-        metrics = session.measure(exercise.quick if plan.quick else exercise.order, within=_LIMIT)
-    except ChildFailed as failure:
-        unavailable[name] = f"{exercise.row.name}: {failure}"
-        samples.void(name)
-    else:
-        samples.add(exercise.row.name, name, number, metrics)
-
-
-def rotated(running: list[Session], by: int) -> list[Session]:
-    """The same sessions, beginning with another one in each repeat."""
-    start = by % len(running) if running else 0
-    return running[start:] + running[:start]

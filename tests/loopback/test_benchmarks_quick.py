@@ -55,6 +55,31 @@ def test_the_planes_are_measured_and_written_down(tmp_path: Path) -> None:
 
 @pytest.mark.load
 @pytest.mark.timeout(100)
+def test_what_tls_costs_is_measured_and_what_nats_carries(tmp_path: Path) -> None:
+    names = (
+        "stator-native-tcp",
+        "stator-native-tls",
+        "stator-compatible",
+        "stator-compatible-tls",
+        "stator-nats",
+        "stator-http2",
+    )
+    run = run_benchmarks(tmp_path, "--only", "planes", *contender_options(*names))
+    assert run.returncode == 0, run.stdout + run.stderr
+    document = json.loads((tmp_path / "planes.json").read_bytes())
+    assert document["unavailable"] == {}
+    rows = {row["name"]: row["contenders"] for row in document["rows"]}
+    for row in ("items", "requests", "latency"):
+        assert all(rows[row][name]["median"] > 0 for name in names), row
+        measured = {name for name in names if rows[f"tls_{row}"][name]["median"] is not None}
+        assert measured == {"stator-native-tls", "stator-compatible-tls"}
+        ratio = rows[row]["stator-compatible-tls"]["median"] / rows[row]["stator-compatible"]["median"]
+        if row != "latency":  # which has several rounds
+            assert rows[f"tls_{row}"]["stator-compatible-tls"]["median"] == pytest.approx(ratio)
+
+
+@pytest.mark.load
+@pytest.mark.timeout(100)
 def test_idle_streams_are_measured(tmp_path: Path) -> None:
     names = ("prototype", *(name for name in OURS if name != "stator-native-tcp"))
     run = run_benchmarks(tmp_path, "--only", "idle_streams", *contender_options(*names))
