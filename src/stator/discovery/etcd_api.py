@@ -373,11 +373,13 @@ def _check(endpoint: str, status: int, answer: bytes) -> None:
         return
     try:
         problem = msgspec.json.decode(answer, type=Problem, strict=False)
+        if not isinstance(problem.error, str | None):  # what should have been a stream
+            problem = msgspec.convert(problem.error, Problem, strict=False)
     except msgspec.MsgspecError:
         problem = Problem(message=answer[:200].decode(errors="replace").strip())
     text = _text(problem) or "no reason"
-    if problem.code in _FINAL:
-        raise Refused(f"{endpoint} says {text!r}", code=problem.code)
+    if problem.number in _FINAL:
+        raise Refused(f"{endpoint} says {text!r}", code=problem.number)
     raise _Trouble(f"HTTP {status}, {text!r}")
 
 

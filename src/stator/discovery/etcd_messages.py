@@ -92,6 +92,12 @@ class Problem(msgspec.Struct):
     grpc_code: int = 0
     message: str = ""
     error: Any = None
+    """the text as well, or all of this again"""
+
+    @property
+    def number(self) -> int:
+        """gRPC's code, wherever it is."""
+        return self.code or self.grpc_code
 
 
 class KeptAlive(msgspec.Struct):

@@ -295,11 +295,10 @@ class EtcdOwner:
         try:
             async with asyncio.timeout(within):
                 await self._store.revoke(self.lease, within=within)
-        except Refused as error:
-            if error.code != NOT_FOUND:
-                logger.warning("our lease in etcd could not be ended (%s); it expires within %d s", error, self._ttl)
-        except (Unreachable, TimeoutError) as error:
-            logger.warning("our lease in etcd could not be ended (%s); it expires within %d s", error or "no answer", self._ttl)
+        except (Refused, Unreachable, TimeoutError) as error:
+            if not isinstance(error, Refused) or error.code != NOT_FOUND:
+                text = str(error) or f"no answer within {within:g} s"
+                logger.warning("our lease in etcd could not be ended (%s); it expires within %d s", text, self._ttl)
 
 
 def _key_of(raw: bytes) -> RecordKey:

@@ -261,7 +261,7 @@ class EtcdServer:
     def leads(self) -> bool:
         """Whether it is the leader of its cluster."""
         status = self.ask("/v3/maintenance/status")
-        return int(status["leader"]) == int(status["header"]["member_id"])
+        return int(status.get("leader", 0)) == int(status["header"]["member_id"])
 
 
 def _base64(data: bytes) -> str:
