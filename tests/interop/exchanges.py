@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
 from stator.errors import Cancelled, EngineError, StatorError
 from stator.protocol.records import EndpointRecord
 from stator.runtime import Client, Context, Runtime
+from stator.runtime.plugins import load_plugin
+from stator.testing.etcd_server import EtcdServer, etcd_server
 from stator.testing.nats_server import NatsServer, nats_server
 from stator.testing.plane_suite import eventually
 
@@ -36,18 +38,27 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     root: Path
     python: Path
     nats: NatsServer | None
+    etcd: EtcdServer | None
+    """where discovery is; None: in files at `root`"""
 
     @property
     def variables(self) -> dict[str, str]:
         """What a process of the reference is told."""
-        if self.nats is None:
-            return {}
-        return {"DYN_REQUEST_PLANE": "nats", "NATS_SERVER": self.nats.url}
+        told: dict[str, str] = {}
+        if self.nats is not None:
+            told |= {"DYN_REQUEST_PLANE": "nats", "NATS_SERVER": self.nats.url}
+        if self.etcd is not None:
+            told |= {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": self.etcd.url}
+        return told
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a runtime of ours is told."""
-        common: dict[str, Any] = {"plane": "compatible", "discovery": "file", "file__root": str(self.root)}
+        common: dict[str, Any] = {"plane": "compatible"}
+        if self.etcd is None:
+            common |= {"discovery": "file", "file__root": str(self.root)}
+        else:
+            common |= {"discovery": "etcd", "etcd__endpoints": (self.etcd.url,)}
         if self.nats is not None:
             common |= {"request_plane": "nats", "nats__servers": (self.nats.url,)}
         return common
@@ -57,15 +68,21 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         with peer(script, self.root, python=self.python, **self.variables, **env) as process:
             yield process
 
-    def wait_for(self, endpoint: str) -> EndpointRecord:
-        """The record of an endpoint of the reference, as soon as it is there."""
+    def wait_for(self, *endpoints: str) -> None:
+        """Wait until the reference has registered them."""
         deadline = time.monotonic() + 60
-        while True:
-            found = [record for record in records_in(self.root) if record.endpoint == endpoint]
-            if found:
-                return found[0]
-            assert time.monotonic() < deadline, f"{endpoint} was not registered"
+        while missing := [endpoint for endpoint in endpoints if not self._is_there(endpoint)]:
+            assert time.monotonic() < deadline, f"{missing} were not registered"
             time.sleep(0.05)
+
+    def _is_there(self, endpoint: str) -> bool:
+        if self.etcd is not None:
+            return bool(self.etcd.keys(f"v1/instances/demo/backend/{endpoint}/"))
+        return any(record.endpoint == endpoint for record in records_in(self.root))
+
+    def record(self, endpoint: str) -> EndpointRecord:
+        """The record of an endpoint of the reference, from a file."""
+        return next(record for record in records_in(self.root) if record.endpoint == endpoint)
 
     @asynccontextmanager
     async def calling(self, endpoint: str, **settings: Any) -> AsyncGenerator[Client, None]:
@@ -146,6 +163,7 @@ class Exchanges:
 
     reference: ClassVar[Path] = REFERENCE
     over_nats: ClassVar[bool] = False
+    over_etcd: ClassVar[bool] = False
     error_text: ClassVar[str] = "ValueError: BackendInvalidArgument: ValueError: boom"
     """how its Python client shows a `ValueError("boom")` of our worker"""
     unsendable: ClassVar[str] = "ValueError: BackendUnknown: object value cannot be sent"
@@ -155,26 +173,26 @@ class Exchanges:
     @classmethod
     def place(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         root = discovery_root(tmp_path_factory)
-        if not cls.over_nats:
-            yield Place(root=root, python=cls.reference, nats=None)
-            return
-        with nats_server(tmp_path_factory.mktemp("nats")) as server:
-            yield Place(root=root, python=cls.reference, nats=server)
+        with ExitStack() as stack:
+            nats = stack.enter_context(nats_server(tmp_path_factory.mktemp("nats"))) if cls.over_nats else None
+            etcd = None
+            if cls.over_etcd:
+                load_plugin("stator.discovery", "etcd")
+                etcd = stack.enter_context(etcd_server(tmp_path_factory.mktemp("etcd")))
+            yield Place(root=root, python=cls.reference, nats=nats, etcd=etcd)
 
     @pytest.fixture(scope="class")
     @classmethod
     def worker(cls, place: Place) -> Iterator[Peer]:
         with place.peer("peer_worker.py") as process:
-            place.wait_for("generate")
-            place.wait_for("broken")
+            place.wait_for("generate", "broken")
             yield process
 
     @pytest.fixture(scope="class")
     @classmethod
     def talker(cls, place: Place) -> Iterator[Peer]:
         with place.peer("peer_bidirectional.py") as process:
-            place.wait_for("converse")
-            place.wait_for("journal")
+            place.wait_for("converse", "journal")
             yield process
 
     @pytest.fixture(scope="class")

@@ -24,7 +24,7 @@ class NewerExchanges(Exchanges):
     codec: ClassVar[str] = "msgpack"
 
     async def test_its_record_names_its_codec_which_is_followed(self, place: Place, worker: Peer) -> None:
-        record = place.wait_for("generate")
+        record = place.record("generate")
         assert record.request_plane_codec == self.codec
         async with place.calling("generate", tcp__codec="json") as client:
             (value,) = await client.generate({"mode": "echo", "value": [1.5, None]}).collect()
@@ -41,7 +41,7 @@ class NewerExchanges(Exchanges):
 
 class TestNewerTcp(NewerExchanges):
     async def test_its_path_is_longer(self, place: Place, worker: Peer) -> None:
-        record = place.wait_for("generate")
+        record = place.record("generate")
         assert record.transport.tcp is not None
         path = record.transport.tcp.partition("/")[2]
         assert path == f"{record.instance_id:x}/demo/backend/generate"
@@ -60,6 +60,5 @@ class TestNewerJson(NewerExchanges):
     @classmethod
     def worker(cls, place: Place) -> Any:
         with place.peer("peer_worker.py", DYN_REQUEST_PLANE_CODEC="json") as process:
-            place.wait_for("generate")
-            place.wait_for("broken")
+            place.wait_for("generate", "broken")
             yield process

@@ -21,7 +21,7 @@ from stator.transports.nats.config import NatsConfig
 from stator.transports.nats.connection import NatsConnection
 from stator.transports.nats.wire import Message, encode_headers, is_subject, nobody_there
 from stator.transports.opening import while_wanted
-from stator.transports.plane import PlaneHost, Traffic
+from stator.transports.plane import InstanceObserver, PlaneHost, Traffic
 from stator.transports.tcp import TcpConfig
 from stator.transports.tcp.address import is_local
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
@@ -39,7 +39,11 @@ _CALLS_ON_THEIR_WAY = 0.5
 _DOUBT = 1.0
 """seconds without an acknowledgement after which the server is asked whether it is there"""
 _NEW_SUBJECT = (0.01, 0.02, 0.04, 0.08, 0.16)
-"""seconds between tries at a subject where nobody was heard yet: its worker may be about to listen, or to come back with NATS"""
+"""seconds between tries at a subject where nobody was heard yet: its worker may be about to listen"""
+_RETURNING = (*_NEW_SUBJECT, 0.32, 0.64)
+"""the same while its worker may be about to come back to NATS, as we did"""
+_ALL_BACK = 2.0
+"""seconds after which it would have"""
 
 
 class _Unanswered(msgspec.Struct, eq=False, kw_only=True):
@@ -67,6 +71,7 @@ class NatsClient:
         clock: Clock,
         listener: CallHomeListener,
         traffic: Traffic,
+        observer: InstanceObserver | None,
     ) -> None:
         self._config = config
         self._codec: Codec = codec
@@ -74,12 +79,16 @@ class NatsClient:
         self._clock = clock
         self._listener = listener
         self._traffic = traffic
+        self._observer = observer
         self._inbox = f"_INBOX.{os.urandom(11).hex()}"
         self._numbers = itertools.count(1)
         self._unanswered: dict[str, _Unanswered] = {}
         """by the subject of the answer, oldest first"""
         self._heard: set[str] = set()
         """subjects at which somebody answered since the connection was made"""
+        self._failed: set[int] = set()
+        """instances that could not be asked since NATS went away, which is not their fault"""
+        self._connected_at = float("-inf")
         self._connection: NatsConnection | None = None
         self._closed = False
 
@@ -93,7 +102,13 @@ class NatsClient:
         listener = await CallHomeListener.listen(tcp, host)
         _check_home(config, listener)
         client = cls(
-            config=config, codec=tcp.codec, wheel=host.wheel, clock=host.clock, listener=listener, traffic=host.traffic
+            config=config,
+            codec=tcp.codec,
+            wheel=host.wheel,
+            clock=host.clock,
+            listener=listener,
+            traffic=host.traffic,
+            observer=host.observer,
         )
         connection = NatsConnection(
             config,
@@ -162,6 +177,7 @@ class NatsClient:
 
     def forget(self, record: EndpointRecord) -> None:
         self._heard.discard(record.transport.nats_tcp or "")
+        self._failed.discard(record.instance_id)
         self._listener.forget_instance(record.instance_id)
 
     async def aclose(self) -> None:
@@ -194,6 +210,7 @@ class NatsClient:
                 raise ConnectFailed("the client closed its plane", instance=instance, phase="connect") from None
             if connection.connected:
                 raise Timeout(f"NATS took no request within {limit} s", instance=instance, phase="connect") from error
+            self._failed.add(instance)
             raise ConnectFailed(
                 f"NATS is away ({self._config.shown}): {connection.reason}", instance=instance, phase="connect"
             ) from None
@@ -235,8 +252,9 @@ class NatsClient:
 
     def _nobody(self, reply: str, request: _Unanswered) -> None:
         """Nobody listens. That is final where somebody did before; a worker that is new, or new to this connection, gets a moment."""
-        if request.headers and request.tries < len(_NEW_SUBJECT):
-            self._wheel.loop.call_later(_NEW_SUBJECT[request.tries], self._try_again, reply, request)
+        waits = _RETURNING if self._wheel.now() < self._connected_at + _ALL_BACK else _NEW_SUBJECT
+        if request.headers and request.tries < len(waits):
+            self._wheel.loop.call_later(waits[request.tries], self._try_again, reply, request)
             request.tries += 1
             return
         self._heard.discard(request.subject)
@@ -257,14 +275,22 @@ class NatsClient:
             request.stream.fail(type(error)(error.message, instance=request.stream.instance, phase=error.phase))
 
     def _connection_changed(self, up: bool) -> None:
-        """What was not acknowledged will not be; its worker may have it all the same and be about to call."""
         self._heard.clear()
-        if not up and self._unanswered:
+        if up:
+            self._connected_at = self._wheel.now()
+            failed, self._failed = self._failed, set()
+            for instance in failed:
+                if self._observer is not None:
+                    self._observer.recovered(instance)
+        elif self._unanswered and not self._closed:
             self._wheel.loop.call_later(_CALLS_ON_THEIR_WAY, self._give_up, tuple(self._unanswered))
 
     def _give_up(self, replies: tuple[str, ...]) -> None:
+        """What was not acknowledged will not be; but its worker may have it all the same, and had a moment to call."""
         reason = f"NATS went away before the request was acknowledged: {self.connection.reason}"
         for reply in replies:
+            if reply in self._unanswered and not self.connection.connected:
+                self._failed.add(self._unanswered[reply].stream.instance)
             self._fail(reply, Disconnected(reason, phase="accept"))
 
     def expire(self, now: float) -> float:
