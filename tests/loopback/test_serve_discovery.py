@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from stator.cli.joining import Joining
 from stator.cli.listing import where
 from stator.discovery import DiscoveryStatus
 from stator.errors import ConfigError
@@ -133,6 +134,26 @@ def test_passwords_are_no_part_of_a_place(command: str) -> None:
     assert found.returncode == 2
     assert "set STATOR_ETCD_USERNAME and STATOR_ETCD_PASSWORD (or …_FILE)" in found.stderr
     assert "hunter2" not in found.stderr + found.stdout
+
+
+def test_children_are_told_what_was_said_and_nothing_else() -> None:
+    assert Joining().variables == {}
+    said = Joining(discovery="file:///x", request_plane="nats", compatible=True)
+    assert said.settings == {"discovery": "file:///x", "request_plane": "nats", "compatible": True}
+    assert said.variables == {"STATOR_DISCOVERY": "file:///x", "STATOR_REQUEST_PLANE": "nats", "STATOR_COMPATIBLE": "true"}
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_with_a_secret_the_compatible_planes_are_spoken_if_that_is_said(compatible: bool, tmp_path: Path) -> None:
+    environment = {"STATOR_CLUSTER_SECRET": "0123456789abcdef"}
+    flags = ["--compatible"] if compatible else []
+    there = f"file://{tmp_path}"
+    with StatorProcess("worker", "--discovery", there, *flags, environment=environment) as worker:
+        worker.wait_for("dynamo.backend.generate")
+        found = run_stator("ls", "--json", "--discovery", there, environment=environment)
+        (row,) = [json.loads(line) for line in found.stdout.splitlines()]
+    assert bool(row["address"]) is compatible
+    assert row["native"]
 
 
 def test_the_rest_of_a_place_is_one_setting() -> None:
