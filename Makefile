@@ -15,7 +15,7 @@ FILES ?= tests
 serve: $(VENV)/.serve
 	@$(BIN)/stator serve --engine echo --workers 2 --port 0 --isolated
 
-test: $(VENV)/.test $(VENV)/.torch $(REFERENCE)/.ready
+test: $(VENV)/.test $(VENV)/.torch $(REFERENCE)/.ready $(REFERENCE_NEW)/.ready
 	$(PYTEST) -n $(XDIST) --dist loadfile -m "not load and not soak" tests
 	$(PYTEST) -m "load and not soak" tests
 
@@ -29,7 +29,7 @@ format: $(VENV)/.check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-interop: $(VENV)/.test $(REFERENCE)/.ready
+interop: $(VENV)/.test $(REFERENCE)/.ready $(REFERENCE_NEW)/.ready
 	$(PYTEST) -m "interop and not soak" tests/interop
 
 bench: $(VENV)/.test $(REFERENCE)/.ready $(REFERENCE_NEW)/.ready
@@ -38,7 +38,7 @@ bench: $(VENV)/.test $(REFERENCE)/.ready $(REFERENCE_NEW)/.ready
 flaky: $(VENV)/.test $(VENV)/.torch
 	for i in $$(seq 20); do $(PYTEST) -q $(FILES) || exit 1; done
 
-soak: $(VENV)/.test $(REFERENCE)/.ready
+soak: $(VENV)/.test $(REFERENCE)/.ready $(REFERENCE_NEW)/.ready
 	$(PYTEST) -m soak --timeout 1800 tests
 
 clean:
