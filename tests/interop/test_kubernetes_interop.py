@@ -1,7 +1,7 @@
 """One emulated API server, processes of the reference 1.3.1 and ours: each sees the other's records and calls it over TCP."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -131,23 +131,32 @@ async def test_a_worker_of_the_reference_is_seen_and_called(cluster: Cluster, mo
 
 @pytest.mark.parametrize("mode", ["pod", "container"])
 async def test_our_worker_is_seen_and_called_by_the_reference(cluster: Cluster, mode: Mode) -> None:
+    first, second = await cluster.runtime("ours-0", mode), await cluster.runtime("ours-1", mode)
+    for runtime in (first, second):
+        await runtime.endpoint(ENDPOINT).start(_naming(runtime.instance_id))
+    client = await cluster.peer("peer_client.py", "ref-0", mode)
+    await asyncio.sleep(1.5)  # the reference collects changes for half a second, too
+
+    async def answering() -> set[int]:
+        answers = await client.ask(endpoint=ENDPOINT, request={"n": 3}, times=8)
+        assert all(answer["error"] is None and len(answer["items"]) == 3 for answer in answers["results"])
+        return {item["who"] for answer in answers["results"] for item in answer["items"]}
+
+    assert await answering() == {first.instance_id, second.instance_id}
+    cluster.api.pods.set_ready("ours-0", False)
+    await asyncio.sleep(1.5)
+    assert await answering() == {second.instance_id}
+    cluster.api.pods.set_ready("ours-0", True)
+    await asyncio.sleep(1.5)
+    assert await answering() == {first.instance_id, second.instance_id}
+
+
+def _naming(id: int) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
         for number in range(request["n"]):
-            yield {"number": number}
+            yield {"who": id, "number": number}
 
-    runtime = await cluster.runtime("ours-0", mode)
-    await runtime.endpoint(ENDPOINT).start(generate)
-    client = await cluster.peer("peer_client.py", "ref-0", mode)
-    answer = await client.ask(endpoint=ENDPOINT, request={"n": 5})
-    assert answer["error"] is None
-    assert answer["items"] == [{"number": number} for number in range(5)]
-    cluster.api.pods.set_ready("ours-0", False)
-    other = await cluster.runtime("ours-1", mode)
-    await other.endpoint(ENDPOINT).start(generate)
-    await asyncio.sleep(1.5)  # the reference collects changes for half a second, too
-    cluster.api.pods.set_ready("ours-0", True)
-    answers = await client.ask(endpoint=ENDPOINT, request={"n": 2}, times=4)
-    assert all(each["items"] == [{"number": 0}, {"number": 1}] for each in answers["results"])
+    return generate
 
 
 async def test_all_three_maps_of_ours_leave_the_reference_content(cluster: Cluster) -> None:

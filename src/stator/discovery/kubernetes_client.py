@@ -59,7 +59,7 @@ class EventLines:
         if not chunk:
             return None
         head, newline, tail = chunk.rpartition(b"\n")
-        if len(self._rest) + len(chunk) > _MAX_LINE and len(self._rest) + len(tail) > _MAX_LINE:
+        if len(tail) + (0 if newline else len(self._rest)) > _MAX_LINE:
             raise ApiProblem(f"a watch event is longer than {_MAX_LINE} bytes")
         if not newline:
             self._rest += chunk
