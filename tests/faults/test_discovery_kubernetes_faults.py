@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from stator.discovery import kubernetes
 from stator.discovery.interface import Added, Removed, Watch
 from stator.discovery.kubernetes import KubernetesConfig, KubernetesDiscovery, open_kubernetes
 from stator.errors import Unavailable
@@ -399,6 +400,33 @@ async def test_a_flapping_pod_ends_as_it_is(cluster: Cluster) -> None:
         assert await client.list(ENDPOINTS) == [record]
         cluster.api.pods.set_ready("pod-1", False)
         await until(watch, lambda: not watch.current)
+
+
+async def test_a_mistake_of_ours_ends_nothing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows or writes no more would live on with old news, and nobody would notice."""
+    failures = 0
+
+    def failing(real: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal failures
+            if failures:
+                failures -= 1
+                raise ValueError("a mistake")
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(kubernetes, "read_metadata", failing(kubernetes.read_metadata))
+    monkeypatch.setattr(kubernetes, "metadata_object", failing(kubernetes.metadata_object))
+    async with cluster.join("worker-0") as worker, worker.watch(ENDPOINTS) as watch:
+        failures = 2
+        record = cluster.foreign(1)
+        await knows(watch, record)
+        assert failures == 0
+        failures = 1
+        mine = endpoint_record(worker.instance_id)
+        assert await worker.register(mine)
+        await knows(watch, record, mine)
 
 
 # -- many
