@@ -25,7 +25,7 @@ from h2.events import (
 from h2.exceptions import H2Error, ProtocolError
 from h2.settings import SettingCodes, Settings
 
-from stator.errors import Disconnected, Overloaded, PeerProtocolError, StatorError, Unavailable
+from stator.errors import ConnectFailed, Disconnected, Overloaded, PeerProtocolError, StatorError, Unavailable
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import ErrorCode, FrameScanner, FrameViolation, Goaway, encode_goaway
 from stator.protocol.http2_map import Fields
@@ -254,9 +254,14 @@ class Session:
         return self.draining or self._h2.highest_outbound_stream_id >= _LAST_STREAM
 
     def open(self, exchange: Exchange, fields: Fields) -> None:
-        """Open a stream (client); its body is what the exchange pushes. `room` must be true."""
-        number = self._h2.get_next_available_stream_id()
-        self._h2.send_headers(number, fields)
+        """Open a stream (client); its body is what the exchange pushes. `room` must be true. Raises `ConnectFailed`; nothing was sent."""
+        try:
+            number = self._h2.get_next_available_stream_id()
+            self._h2.send_headers(number, fields)
+        except H2Error as error:
+            raise ConnectFailed(
+                f"the connection takes no stream: {error}", instance=exchange.instance, phase="connect"
+            ) from error
         exchange.number, exchange.session = number, self
         self.streams[number] = exchange
         self._wake()
@@ -337,7 +342,22 @@ class Session:
         return bool(self._ready) and self.writable
 
     def data_to_send(self) -> bytes:
-        """What leaves in one write: the library's answers, and the streams in turn as far as windows and the socket allow."""
+        """What leaves in one write: the library's answers, and the streams in turn as far as windows and the socket allow.
+
+        Raises `FrameViolation` when the other side has brought the connection into a state in which nothing can be sent.
+        """
+        try:
+            self._fill()
+        except H2Error as error:
+            raise _violation(error) from error
+        data = self._h2.data_to_send()
+        if self._behind:
+            data += b"".join(self._behind)
+            self._behind.clear()
+        return data
+
+    def _fill(self) -> None:
+        """Give the library what may leave now."""
         for exchange in self._owed:
             if not exchange.remote_ended:
                 self._h2.increment_flow_control_window(exchange.free, exchange.number)
@@ -348,11 +368,6 @@ class Session:
             exchange = next(iter(self._ready))
             del self._ready[exchange]
             budget -= self._send(exchange)
-        data = self._h2.data_to_send()
-        if self._behind:
-            data += b"".join(self._behind)
-            self._behind.clear()
-        return data
 
     def _send(self, exchange: Exchange) -> int:
         """One frame of one stream; its size."""

@@ -149,7 +149,11 @@ class Http2Connection(asyncio.Protocol):
         transport, session = self._transport, self._session
         if transport is None or session is None or self._reason is not None or transport.is_closing():
             return
-        data = session.data_to_send()
+        try:
+            data = session.data_to_send()
+        except PeerProtocolError as error:
+            self.refuse(error)
+            return
         if data:
             transport.write(data)
         if session.waiting:
