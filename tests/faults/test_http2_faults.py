@@ -18,8 +18,9 @@ from stator.protocol.call_home import KILL, PROLOGUE, SENTINEL, STOP
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import PREFACE, FrameViolation, Goaway, encode_goaway
+from stator.protocol.http2_library import SessionLimits
 from stator.protocol.http2_map import BodyReader, Said, encode_request
-from stator.protocol.http2_session import Session, SessionLimits, Verdict
+from stator.protocol.http2_session import Session, Verdict
 from stator.protocol.item_frame import FINAL, encode_item
 from stator.protocol.records import EndpointRecord, Transport
 from stator.protocol.response_stream import ResponseReader

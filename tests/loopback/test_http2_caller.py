@@ -23,8 +23,9 @@ from stator.protocol.control_message import decode_control_message, read_call_ho
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import ErrorCode
+from stator.protocol.http2_library import SessionLimits
 from stator.protocol.http2_map import DRAINING, STREAM_TYPE, Fields, field_values
-from stator.protocol.http2_session import Session, SessionLimits
+from stator.protocol.http2_session import Session
 from stator.protocol.item_frame import FINAL, encode_item
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
 from stator.protocol.two_part import decode_message, encode_frame

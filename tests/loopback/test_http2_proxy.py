@@ -9,8 +9,9 @@ import msgspec
 from loopback.test_http2_plane import loopback_host
 from stator.errors import Disconnected, StatorError
 from stator.protocol.http2_exchange import Exchange
+from stator.protocol.http2_library import SessionLimits
 from stator.protocol.http2_map import Fields
-from stator.protocol.http2_session import Session, SessionLimits
+from stator.protocol.http2_session import Session
 from stator.protocol.records import EndpointRecord, Transport
 from stator.tasks import DeadlineWheel, Scope
 from stator.testing.conversation_suite import ConversationSuite

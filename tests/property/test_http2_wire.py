@@ -11,8 +11,9 @@ from stator.protocol.call_home import KILL, SENTINEL, STOP
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import FrameScanner, Goaway, encode_goaway
+from stator.protocol.http2_library import SessionLimits
 from stator.protocol.http2_map import BodyReader, Fields, Inputs, Opening, encode_request, path_of, target_of
-from stator.protocol.http2_session import Session, SessionLimits
+from stator.protocol.http2_session import Session
 from stator.protocol.two_part import encode_frame
 from stator.protocol.values import encode_json
 

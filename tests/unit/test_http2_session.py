@@ -7,8 +7,9 @@ import pytest
 from stator.errors import Disconnected, Overloaded, StatorError, Unavailable
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import PREFACE, ErrorCode, FrameViolation, Goaway
+from stator.protocol.http2_library import SessionLimits
 from stator.protocol.http2_map import Fields
-from stator.protocol.http2_session import Session, SessionLimits, Verdict
+from stator.protocol.http2_session import Session, Verdict
 
 ASK = [(b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"a"), (b":path", b"/p")]
 OK = [(b":status", b"200")]

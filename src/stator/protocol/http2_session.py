@@ -1,16 +1,13 @@
-"""One HTTP/2 connection without its socket: the library `h2`, flow control by what is taken, liveness, limits (`docs/http2-plane.md`).
+"""One HTTP/2 connection without its socket: flow control by what is taken, turns, goodbyes, liveness (`docs/http2-plane.md`).
 
 The library keeps the state of streams and windows; what is decided here is which bytes leave next, when windows are given back, and
-what is too much. Its exceptions become `FrameViolation`, in one place.
+what is too much.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 
-import msgspec
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.events import (
     DataReceived,
     Event,
@@ -23,51 +20,22 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import H2Error, ProtocolError
-from h2.settings import SettingCodes, Settings
 
-from stator.errors import ConnectFailed, Disconnected, Overloaded, PeerProtocolError, StatorError, Unavailable
+from stator.errors import ConnectFailed, Disconnected, Overloaded, StatorError, Unavailable
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_frames import ErrorCode, FrameScanner, FrameViolation, Goaway, encode_goaway
+from stator.protocol.http2_library import BROKEN, SessionLimits, library_connection, violation
 from stator.protocol.http2_map import Fields
 from stator.protocol.stream import Phase
 
-__all__ = ["Session", "SessionLimits", "Verdict"]
+__all__ = ["Session", "Verdict"]
 
-_INITIAL_WINDOW = 65_535
 _QUANTUM = 65_536
 """most bytes of one stream before the next one has its turn"""
 
 _MOST_PER_FLUSH = 1_048_576
 _LAST_STREAM = 2**31 - 1_000_001
 """from this number on a client's connection takes no new requests; ids do not come back"""
-
-_BROKEN = (H2Error, ValueError, KeyError, IndexError, AssertionError, AttributeError, TypeError)
-"""what the library and its parts raise for bytes that are not HTTP/2"""
-
-
-class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one connection may hold and how long it may be silent; bytes and seconds."""
-
-    window: int = 262_144
-    """unread bytes of one stream"""
-    connection_window: int = 16_777_216
-    """bytes on their way at once, over all streams; given back on arrival, so that one slow reader stops nobody else"""
-    streams: int = 1000
-    frame: int = 1_048_576
-    header_list: int = 65_536
-    idle_rate: float = 1000.0
-    """frames that carry nothing, per second"""
-    idle_burst: float = 5000.0
-    interval: float = 30.0
-    """silence with streams open before a PING"""
-    answer: float = 10.0
-    """silence after a PING before the connection counts as dead"""
-    idle: float = 90.0
-    """without streams before the connection is closed"""
-    arrival: float = 30.0
-    """from a request's fields to the end of its first frame"""
-    linger: float = 10.0
-    """from the end of this side of a stream to that of the other"""
 
 
 class Verdict(Enum):
@@ -120,7 +88,7 @@ class Session:
         self.resets = 0
         """streams that the other side reset"""
         self._scanner = FrameScanner(max_frame=limits.frame, max_block=2 * limits.header_list, preface=accept is not None)
-        self._h2 = _connection(limits, client=accept is None)
+        self._h2 = library_connection(limits, client=accept is None)
 
     # -- from the socket ----------------------------------------------------------------------------------------------------
 
@@ -128,19 +96,20 @@ class Session:
         """Take bytes; exchanges learn what they mean. Raises `FrameViolation`: say goodbye and close."""
         self._now = self._heard = now
         self._pinged = None
-        for piece in self._scanner.receive_data(data):
+        pieces = self._scanner.receive_data(data)
+        self._spend(now)
+        for piece in pieces:
             if isinstance(piece, Goaway):
                 self._receive_goaway(piece)
                 continue
             try:
                 events = self._h2.receive_data(piece)
-            except _BROKEN as error:
-                raise _violation(error) from error
+            except BROKEN as error:
+                raise violation(error) from error
             for event in events:
                 handle = _HANDLERS.get(type(event))
                 if handle is not None:
                     handle(self, event)
-        self._spend(now)
         if self._arrived >= self._limits.connection_window // 4:
             self._h2.increment_flow_control_window(self._arrived)
             self._arrived = 0
@@ -349,7 +318,7 @@ class Session:
         try:
             self._fill()
         except H2Error as error:
-            raise _violation(error) from error
+            raise violation(error) from error
         data = self._h2.data_to_send()
         if self._behind:
             data += b"".join(self._behind)
@@ -454,35 +423,6 @@ _HANDLERS: dict[type[Event], Callable[[Session, Event], None]] = {
     WindowUpdated: Session._receive_window,  # pyright: ignore[reportPrivateUsage]
     PingAckReceived: Session._receive_pong,  # pyright: ignore[reportPrivateUsage]
 }
-
-
-def _connection(limits: SessionLimits, *, client: bool) -> H2Connection:
-    """The library's connection with our settings, its first bytes ready to be sent."""
-    config = H2Configuration(
-        client_side=client, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False
-    )
-    connection = H2Connection(config)
-    values = {
-        SettingCodes.MAX_CONCURRENT_STREAMS: limits.streams,
-        SettingCodes.INITIAL_WINDOW_SIZE: limits.window,
-        SettingCodes.MAX_FRAME_SIZE: limits.frame,
-        SettingCodes.MAX_HEADER_LIST_SIZE: limits.header_list,
-        SettingCodes.ENABLE_PUSH: 0,
-    }
-    connection.local_settings = Settings(client=client, initial_values=values)
-    connection.max_inbound_frame_size = limits.frame
-    connection.decoder.max_header_list_size = limits.header_list
-    connection.initiate_connection()
-    connection.increment_flow_control_window(max(limits.connection_window - _INITIAL_WINDOW, 1))
-    return connection
-
-
-def _violation(error: Exception) -> FrameViolation:
-    """What the library found wrong, as ours."""
-    if isinstance(error, PeerProtocolError):
-        return FrameViolation(error.message)
-    code = int(error.error_code) if isinstance(error, ProtocolError) else ErrorCode.PROTOCOL_ERROR
-    return FrameViolation(f"not HTTP/2: {error or type(error).__name__}", wire_code=code)
 
 
 def _reset_error(code: int, remote: bool, exchange: Exchange) -> StatorError:

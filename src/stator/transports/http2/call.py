@@ -92,6 +92,7 @@ class StreamCall(Exchange):
 
     def lost(self, error: StatorError) -> None:
         if self._inbox.phase <= Phase.ACCEPT:
+            error.phase = Phase.ACCEPT.label
             self._inbox.finish(error)
         self._end_reading()
 

@@ -1,6 +1,6 @@
 """The settings of the plane as a session takes them."""
 
-from stator.protocol.http2_session import SessionLimits
+from stator.protocol.http2_library import SessionLimits
 from stator.transports.http2.config import Http2Config
 
 __all__ = ["look_every", "session_limits"]

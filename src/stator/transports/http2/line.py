@@ -9,8 +9,9 @@ import msgspec
 
 from stator.errors import ConnectFailed, NotTrusted, StatorError, Timeout, Unavailable
 from stator.protocol.http2_frames import Goaway
+from stator.protocol.http2_library import SessionLimits
 from stator.protocol.http2_map import DRAINING, HttpAddress
-from stator.protocol.http2_session import Session, SessionLimits
+from stator.protocol.http2_session import Session
 from stator.security import Alpn, connecting
 from stator.tasks import Scope
 from stator.transports.http2.config import Http2Config
