@@ -404,7 +404,7 @@ PLANES = pytest.mark.parametrize("machine", [MemoryLife, NativeLife, CompatibleL
 
 
 @PLANES
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(400)
 def test_there_is_a_way_out_of_every_state(machine: type[Life]) -> None:
     run(machine, examples=200, steps=100, always_the_same=True)
 

@@ -27,7 +27,7 @@ from stator.transports.inputs import DuplexInbox
 
 __all__ = ["ConversationSuite", "Talk", "Talker"]
 
-_LIMITS = PhaseLimits(accept=10, items=20, input=20)
+_LIMITS = PhaseLimits(connect=10, accept=10, items=20, input=20)
 
 Inputs = AsyncIterator[Any]
 

@@ -111,7 +111,7 @@ class Caller:
         record: EndpointRecord | None = None,
     ) -> Inbox:
         record = record or self.record
-        patience = Patience(limits or PhaseLimits(accept=10, items=20))
+        patience = Patience(limits or PhaseLimits(connect=10, accept=10, items=20))
         inbox = Inbox(wheel=self.wheel, patience=patience, instance=record.instance_id)
         envelope = RequestEnvelope(id=id, payload=msgspec.json.encode(request), metadata=metadata or {}, headers=headers or {})
         try:
