@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 
@@ -132,6 +133,17 @@ async def test_who_does_not_agree_to_http2_is_a_failed_connect(authority: Author
         writer.transport.abort()
     server.close()
     await server.wait_closed()
+
+
+async def test_older_peers_are_answered_over_tls_too(authority: Authority) -> None:
+    tls = await asyncio.to_thread(tls_of, authority, mutual=False)
+    context = await asyncio.to_thread(tls.client_context, ("http/1.1",))
+    async with two(tls, tls) as pair:
+        assert isinstance(pair.server, Http2Server)
+        connector = aiohttp.TCPConnector(ssl=context)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            response = await session.post(pair.server.url + "/v1/rpc/1/x", data=b"x", server_hostname="stator")
+            assert (response.status, await response.read()) == (404, b"Endpoint not found")
 
 
 class TestConversationsOverTls(ConversationSuite):
