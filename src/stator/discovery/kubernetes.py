@@ -199,7 +199,9 @@ class KubernetesDiscovery:
         return [(name, item.records) for name, (_, item) in sorted(self._metadata.items.items()) if name in ready]
 
     def _changed(self) -> None:
-        """Publish soon: changes come in crowds."""
+        """Publish soon: changes come in crowds. Our own object is looked after at once: it may be back before others miss it."""
+        if self._state == "open":
+            self._guard.check()
         if self._timer is None and self._state in ("opening", "open"):
             self._timer = asyncio.get_running_loop().call_later(self._config.debounce, self._publish)
 

@@ -36,7 +36,7 @@ class Guard:
         if not self._owned or not self._writer.clean:
             return
         version, found = self._metadata.items.get(self._name, ("", None))
-        if version in self._writer.versions:
+        if found is not None and (version == self._writer.version or version in self._writer.versions):
             self._seen = True
             return
         if not self._seen and not self._metadata.has_reached(self._writer.version, since=self._writer.applied_at):
