@@ -86,11 +86,18 @@ class Answer(asyncio.Protocol):
         """Dial in a task of `scope`, for at most `timeout` seconds. A failure kills the request: nobody hears the answer."""
         if self._inputs is not None:
             self._inputs.start_dialling(scope, timeout=timeout)
-        self._wheel.arm(self, self._wheel.now() + timeout)
-        self._dialling = scope.spawn(self._dial())
+        if self._caller.tls is None:
+            self._wheel.arm(self, self._wheel.now() + timeout)
+        self._dialling = scope.spawn(self._dial(timeout))
         self._dialling.add_done_callback(self._dialled)
 
-    async def _dial(self) -> None:
+    async def _dial(self, timeout: float) -> None:
+        async with self._caller.turn(self._host, self._port):
+            if self._caller.tls is not None:  # its time begins with its turn
+                self._wheel.arm(self, self._wheel.now() + timeout)
+            await self._dial_now()
+
+    async def _dial_now(self) -> None:
         while True:
             try:
                 await self._caller.call(self, self._host, self._port)

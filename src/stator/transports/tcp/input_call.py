@@ -63,7 +63,7 @@ class InputCall(asyncio.Protocol):
 
     async def _dial(self, timeout: float) -> None:
         try:
-            async with asyncio.timeout(timeout):
+            async with self._caller.turn(self._host, self._port), asyncio.timeout(timeout):
                 await self._caller.call(self, self._host, self._port)
         except OSError as error:  # a TimeoutError is one
             why = error or "no connection in time"
