@@ -2,12 +2,11 @@
 
 All calls go to one member, the one *in use*. A member that does not answer in time, or cannot serve, is left for the next one;
 the watches on it are cut then, so that their readers follow. Whether it was etcd that said no (`Refused`) or nobody who could
-(`Unreachable`) is decided here, by HTTP and gRPC codes; no text is looked into.
+(`Unreachable`) is decided by HTTP and gRPC codes (`stator.discovery.etcd_problem`); no text is looked into.
 """
 
 import asyncio
 import logging
-import os
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -20,54 +19,29 @@ import msgspec
 from stator.clock import Clock
 from stator.discovery.etcd_config import EtcdConfig
 from stator.discovery.etcd_messages import Authenticated, Problem, WatchAnswer, WatchLine
+from stator.discovery.etcd_problem import (
+    ALREADY_THERE,
+    STALE_TOKEN,
+    Refused,
+    Trouble,
+    Unreachable,
+    check_answer,
+    text_of,
+    trouble_of,
+)
 from stator.discovery.etcd_tls import changed_context
 from stator.errors import ConfigError
 from stator.tasks import Backoff
 
-__all__ = [
-    "ALREADY_THERE",
-    "NOT_FOUND",
-    "REFUSED_USER",
-    "EtcdApi",
-    "Refused",
-    "Unreachable",
-    "WatchStream",
-]
+__all__ = ["EtcdApi", "WatchStream"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_INVALID = 3
-NOT_FOUND = 5
-_PERMISSION_DENIED = 7
-ALREADY_THERE = 9
-"""gRPC's FAILED_PRECONDITION: of a lease that is granted twice, and of a log-in where etcd has no users"""
-_UNAUTHENTICATED = 16
-REFUSED_USER = frozenset({_INVALID, _PERMISSION_DENIED, _UNAUTHENTICATED})
-"""of calls that somebody else might be allowed to make"""
-_FINAL = frozenset({_INVALID, NOT_FOUND, 6, _PERMISSION_DENIED, ALREADY_THERE, 11, _UNAUTHENTICATED})
-"""gRPC codes that another member, or a later try, will not change"""
-
 _CALLS_AT_ONCE = 16
 _MAX_ANSWER = 64 * 2**20
 """bytes of an answer, or of a message of a watch; etcd's own requests end at 1.5 MiB, and ranges are read in pages"""
-
-
-class Refused(Exception):
-    """etcd answered and said no; the text names the member and has etcd's reason."""
-
-    def __init__(self, text: str, *, code: int) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class Unreachable(Exception):
-    """No member could serve. `hopeless`: for reasons that time will not change, such as a certificate that is not trusted."""
-
-    def __init__(self, text: str, *, hopeless: bool = False) -> None:
-        super().__init__(text)
-        self.hopeless = hopeless
 
 
 class WatchStream:
@@ -94,7 +68,7 @@ class WatchStream:
             self._feed(await self._response.content.readany())
         line = self._decoder.decode(self._lines.pop())
         if line.result is None:
-            raise Unreachable(f"{self.endpoint}: {_text(line.error or Problem())}")
+            raise Unreachable(f"{self.endpoint}: {text_of(line.error or Problem())}")
         return line.result
 
     def _feed(self, chunk: bytes) -> None:
@@ -109,14 +83,6 @@ class WatchStream:
             lines = [b"".join(self._begun), *rest[:-1]]
             self._begun, self._size = [rest[-1]], len(rest[-1])
             self._lines = [line for line in reversed(lines) if line.strip()]
-
-
-class _Trouble(Exception):
-    """A member could not serve."""
-
-    def __init__(self, text: str, *, hopeless: bool = False) -> None:
-        super().__init__(text)
-        self.hopeless = hopeless
 
 
 class EtcdApi:
@@ -192,9 +158,9 @@ class EtcdApi:
 
     async def _round(
         self, path: str, data: bytes, kind: type[T], deadline: float | None, each: float
-    ) -> "_Done | dict[str, _Trouble]":
+    ) -> "_Done | dict[str, Trouble]":
         """Ask each member once; what came of it, or why nothing did."""
-        troubles: dict[str, _Trouble] = {}
+        troubles: dict[str, Trouble] = {}
         for _ in self.endpoints:
             seconds = each if deadline is None else min(each, deadline - self._clock.monotonic())
             if seconds <= 0:
@@ -204,8 +170,8 @@ class EtcdApi:
                 async with self._calls:
                     answer = await self._ask(endpoint, path, data, seconds)
                     done = _Done(msgspec.json.decode(answer, type=kind, strict=False))
-            except (_Trouble, msgspec.MsgspecError) as error:
-                trouble = error if isinstance(error, _Trouble) else _Trouble(f"an answer that makes no sense: {error}")
+            except (Trouble, msgspec.MsgspecError) as error:
+                trouble = error if isinstance(error, Trouble) else Trouble(f"an answer that makes no sense: {error}")
                 troubles[endpoint] = trouble
                 self._leave(endpoint, trouble)
             else:
@@ -218,21 +184,21 @@ class EtcdApi:
             async with asyncio.timeout(seconds):
                 return await self._ask_as_user(endpoint, path, data)
         except TimeoutError as error:
-            raise _Trouble(f"no answer within {seconds:.3g} s") from error
+            raise Trouble(f"no answer within {seconds:.3g} s") from error
 
     async def _ask_as_user(self, endpoint: str, path: str, data: bytes) -> bytes:
         token = await self._log_in(endpoint)
         try:
             return await self._post(endpoint, path, data, token)
         except Refused as error:
-            if not self._config.username or error.code not in (_INVALID, _UNAUTHENTICATED):
+            if not self._config.username or error.code not in STALE_TOKEN:
                 raise
             if token == self._token:  # it has expired, or the member has forgotten it, or users have changed
                 self._token, self._no_users = "", False
             return await self._post(endpoint, path, data, await self._log_in(endpoint))
 
     async def _log_in(self, endpoint: str) -> str:
-        """A token for the user; "" without one. Raises `Refused` and `_Trouble`."""
+        """A token for the user; "" without one. Raises `Refused` and `Trouble`."""
         if not self._config.username:
             return ""
         async with self._login:
@@ -254,7 +220,7 @@ class EtcdApi:
 
     async def _post(self, endpoint: str, path: str, data: bytes, token: str) -> bytes:
         if self._closed:
-            raise _Trouble("the discovery is closed")
+            raise Trouble("the discovery is closed")
         try:
             async with self._request(endpoint, path, data, token) as response:
                 answer = await _read(response)
@@ -263,10 +229,10 @@ class EtcdApi:
                 async with self._request(endpoint, path, data, token) as response:
                     answer = await _read(response)
             except (aiohttp.ClientError, OSError) as error:
-                raise _trouble(error, endpoint) from error
+                raise trouble_of(error, endpoint) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _trouble(error, endpoint) from error
-        _check(endpoint, response.status, answer)
+            raise trouble_of(error, endpoint) from error
+        check_answer(endpoint, response.status, answer)
         return answer
 
     def _request(self, endpoint: str, path: str, data: bytes, token: str) -> Any:
@@ -307,19 +273,19 @@ class EtcdApi:
             async with asyncio.timeout(self._config.request_timeout):
                 response = await self._open(endpoint, data)
         except TimeoutError as error:
-            raise self._left(endpoint, _Trouble("no answer to a watch in time")) from error
+            raise self._left(endpoint, Trouble("no answer to a watch in time")) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise self._left(endpoint, _trouble(error, endpoint)) from error
-        except _Trouble as error:
+            raise self._left(endpoint, trouble_of(error, endpoint)) from error
+        except Trouble as error:
             raise self._left(endpoint, error) from error
         stream = WatchStream(response, endpoint)
         self._streams.add(stream)
         try:
             yield stream
         except (aiohttp.ClientError, OSError, msgspec.MsgspecError) as error:
-            raise self._left(endpoint, _trouble(error, endpoint)) from error
+            raise self._left(endpoint, trouble_of(error, endpoint)) from error
         except Unreachable as error:
-            self._left(endpoint, _Trouble("a watch ended"))
+            self._left(endpoint, Trouble("a watch ended"))
             raise error
         finally:
             self._streams.discard(stream)
@@ -329,17 +295,17 @@ class EtcdApi:
         response: aiohttp.ClientResponse = await self._request(endpoint, "/v3/watch", data, await self._log_in(endpoint))
         try:
             if response.status != 200:
-                _check(endpoint, response.status, await _read(response))
+                check_answer(endpoint, response.status, await _read(response))
         except BaseException:
             response.close()
             raise
         return response
 
-    def _left(self, endpoint: str, trouble: _Trouble) -> Unreachable:
+    def _left(self, endpoint: str, trouble: Trouble) -> Unreachable:
         self._leave(endpoint, trouble)
         return Unreachable(f"{endpoint}: {trouble}", hopeless=trouble.hopeless)
 
-    def _leave(self, endpoint: str, trouble: _Trouble) -> None:
+    def _leave(self, endpoint: str, trouble: Trouble) -> None:
         """Use another member from now on, if there is one and this has not happened yet."""
         if endpoint != self.endpoint or len(self.endpoints) == 1:
             return
@@ -363,51 +329,5 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
         parts.append(chunk)
         size += len(chunk)
         if size > _MAX_ANSWER:
-            raise _Trouble(f"an answer longer than {_MAX_ANSWER} bytes")
+            raise Trouble(f"an answer longer than {_MAX_ANSWER} bytes")
     return b"".join(parts)
-
-
-def _check(endpoint: str, status: int, answer: bytes) -> None:
-    """Raise what an answer that is no success means."""
-    if status == 200:
-        return
-    try:
-        problem = msgspec.json.decode(answer, type=Problem, strict=False)
-        if not isinstance(problem.error, str | None):  # what should have been a stream
-            problem = msgspec.convert(problem.error, Problem, strict=False)
-    except msgspec.MsgspecError:
-        problem = Problem(message=answer[:200].decode(errors="replace").strip())
-    text = _text(problem) or "no reason"
-    if problem.number in _FINAL:
-        raise Refused(f"{endpoint} says {text!r}", code=problem.number)
-    raise _Trouble(f"HTTP {status}, {text!r}")
-
-
-def _text(problem: Problem) -> str:
-    return problem.message or (problem.error if isinstance(problem.error, str) else "")
-
-
-def _trouble(error: Exception, endpoint: str) -> _Trouble:
-    """`error` of aiohttp, the operating system or a decoder, for people."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        found = error.certificate_error
-        reason = getattr(found, "verify_message", "") or found
-        return _Trouble(f"its certificate is not trusted ({reason}); look at etcd.ca_path (ETCD_AUTH_CA)", hopeless=True)
-    if isinstance(error, aiohttp.ClientConnectorError):
-        plain = endpoint.startswith("https://") and isinstance(error.os_error, ConnectionResetError)
-        return _Trouble(f"no connection ({_reason(error.os_error)}){'; if it speaks no TLS, write http://' if plain else ''}")
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        hint = "; if it speaks TLS, write https://" if endpoint.startswith("http://") else ""
-        return _Trouble(f"it closed the connection without an answer{hint}")
-    if isinstance(error, OSError):
-        return _Trouble(f"the connection broke ({_reason(error)})")
-    if isinstance(error, msgspec.MsgspecError):
-        return _Trouble(f"an answer that makes no sense: {error}")
-    return _Trouble(str(error) or type(error).__name__)
-
-
-def _reason(error: OSError) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    if isinstance(cause, ssl.SSLError):
-        return str(cause)
-    return os.strerror(cause.errno) if cause.errno else str(cause)

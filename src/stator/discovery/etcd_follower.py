@@ -13,9 +13,10 @@ from random import Random
 import msgspec
 
 from stator.clock import Clock
-from stator.discovery.etcd_api import Refused, Unreachable, WatchStream
+from stator.discovery.etcd_api import WatchStream
 from stator.discovery.etcd_contact import EtcdContact
 from stator.discovery.etcd_messages import KeyValue, WatchAnswer
+from stator.discovery.etcd_problem import Refused, Unreachable
 from stator.discovery.etcd_store import EtcdStore, Snapshot
 from stator.discovery.view import View
 from stator.errors import PeerProtocolError

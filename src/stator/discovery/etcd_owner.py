@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 from random import Random
 
 from stator.clock import Clock
-from stator.discovery.etcd_api import ALREADY_THERE, NOT_FOUND, REFUSED_USER, Refused, Unreachable
 from stator.discovery.etcd_config import EtcdConfig
 from stator.discovery.etcd_contact import EtcdContact
+from stator.discovery.etcd_problem import ALREADY_THERE, NOT_FOUND, REFUSED_USER, Refused, Unreachable
 from stator.discovery.etcd_store import EtcdStore
 from stator.discovery.model_conflict import check_model, models_beside
 from stator.errors import ConfigError, PeerProtocolError, StatorError, Unavailable, UsageError

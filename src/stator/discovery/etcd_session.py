@@ -8,11 +8,12 @@ from random import Random
 from typing import Any, TypeVar
 
 from stator.clock import Clock
-from stator.discovery.etcd_api import REFUSED_USER, EtcdApi, Refused, Unreachable
+from stator.discovery.etcd_api import EtcdApi
 from stator.discovery.etcd_config import EtcdConfig
 from stator.discovery.etcd_contact import EtcdContact
 from stator.discovery.etcd_follower import EtcdFollower
 from stator.discovery.etcd_owner import EtcdOwner, stator_error
+from stator.discovery.etcd_problem import REFUSED_USER, Refused, Unreachable
 from stator.discovery.etcd_store import EtcdStore
 from stator.discovery.view import View
 from stator.errors import UsageError

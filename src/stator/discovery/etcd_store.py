@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
-from stator.discovery.etcd_api import EtcdApi, Refused, Unreachable, WatchStream
+from stator.discovery.etcd_api import EtcdApi, WatchStream
 from stator.discovery.etcd_messages import KeptAlive, KeyValue, LeaseAnswer, LeaseLife, RangeAnswer, TxnAnswer, prefix_range
+from stator.discovery.etcd_problem import Refused, Unreachable
 
 __all__ = ["EtcdStore", "Snapshot"]
 
