@@ -24,7 +24,7 @@ from stator.transports.native import NativeClient, NativeConfig, NativeServer
 from stator.transports.plane import PlaneHost
 from stator.transports.tcp import CompatibleClient, CompatibleServer, TcpConfig
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 SECRET = "correct horse battery staple"
 
@@ -117,6 +117,7 @@ class TestNativeTlsConversations(ConversationSuite):
 
 class TestCompatibleTlsConversations(ConversationSuite):
     max_buffered = 20_000
+    patience = 40.0  # two handshakes for each of them
 
     def pair(self) -> AbstractAsyncContextManager[PlanePair]:
         return compatible(*hosts())

@@ -114,6 +114,8 @@ class ConversationSuite(ABC):
     """The cases. `max_buffered` is how many 1 KiB inputs or items may sit between one who sends and one who does not read."""
 
     max_buffered = 1000
+    patience = 5.0
+    """seconds in which what a thousand callers left behind must be gone"""
 
     @abstractmethod
     def pair(self) -> AbstractAsyncContextManager[PlanePair]:
@@ -563,7 +565,7 @@ class ConversationSuite(ABC):
             tasks = len(asyncio.all_tasks())
             for batch in range(20):
                 await asyncio.gather(*(self._abandoned(talker, f"r{batch}-{n}", random) for n in range(50)))
-            await eventually(lambda: talker.serving.inflight == 0, what="handlers ended")
+            await eventually(lambda: talker.serving.inflight == 0, within=self.patience, what="handlers ended")
             await eventually(lambda: talker.pair.open_streams() == 0, what="streams closed")
             await eventually(lambda: len(asyncio.all_tasks()) <= tasks, what="no task left")
 
