@@ -308,12 +308,16 @@ async def test_a_server_that_comes_back_empty_gets_our_records_again(cluster: Cl
 
 
 async def test_what_changed_while_the_server_was_away_is_written_when_it_is_back(cluster: Cluster) -> None:
-    async with cluster.join("worker-0", answer_timeout=0.3) as worker:
+    loop = asyncio.get_running_loop()
+    async with cluster.join("worker-0", answer_timeout=3.0) as worker:
         stays, goes = endpoint_record(worker.instance_id), endpoint_record(worker.instance_id, "demo.backend.goes")
         await worker.register(stays)
         await worker.register(goes)
         await cluster.api.stop()
+        await eventually(lambda: not worker.status.connected)
+        began = loop.time()
         assert await worker.unregister(goes.key) is True
+        assert loop.time() - began < 1.5, "it is known that nobody answers"
         with pytest.raises(Unavailable):
             await worker.register(endpoint_record(worker.instance_id, "demo.backend.late"))
         assert set(worker.owned()) == {stays.key}
@@ -329,6 +333,19 @@ async def test_closing_without_server_ends_soon(cluster: Cluster, caplog: pytest
         async with asyncio.timeout(5):
             await worker.aclose()
     assert any("stays until the pod is gone" in line.message for line in caplog.records)
+
+
+async def test_an_apply_under_way_does_not_outlive_its_owner(cluster: Cluster) -> None:
+    """The server goes on with what was begun, even if nobody waits: deleted first, the object would come back."""
+    async with cluster.join("worker-0") as worker:
+        cluster.api.delays["patch"] = 0.3
+        registering = asyncio.get_running_loop().create_task(worker.register(endpoint_record(worker.instance_id)))
+        await eventually(lambda: cluster.api.counted()["patch", "dynamoworkermetadatas"] == 1)
+        await worker.aclose()
+        with pytest.raises(Unavailable):
+            await registering
+    await asyncio.sleep(0.6)
+    assert cluster.api.metadata("worker-0") is None
 
 
 async def test_a_cancelled_closing_goes_on(cluster: Cluster) -> None:

@@ -171,6 +171,22 @@ async def test_all_three_maps_of_ours_leave_the_reference_content(cluster: Clust
     assert "refused" in (answer["error"] or ""), "it went to our address, where nobody listens"
 
 
+async def test_ids_beyond_63_bits_hide_an_object_from_the_reference(cluster: Cluster) -> None:
+    """Why publishers of events should not have such ids here: API servers keep them as doubles, which the reference cannot read."""
+    ours = await cluster.discovery("ours-0")
+    await ours.register(endpoint_record(ours.instance_id, tcp="127.0.0.1:9/1/generate"))
+    large = channel_record(2**63 + 1025, "kv_metrics")
+    await ours.register(large)
+    client = await cluster.peer("peer_client.py", "ref-0", DYN_LOG="warn")
+    with pytest.raises(AssertionError, match="no answer"):
+        await client.ask(endpoint=ENDPOINT, request={"n": 1}, within=3)
+    assert "invalid type: floating point" in client.log()
+    await ours.unregister(large.key)
+    await eventually(lambda: cluster.records("ours-0", "event_channels") == {})
+    answer = await client.ask(endpoint=ENDPOINT, request={"n": 1}, within=20)
+    assert "refused" in (answer["error"] or "")
+
+
 async def test_the_object_of_the_reference_is_as_ours(cluster: Cluster) -> None:
     """Same names, owners and parameters; a second manager would mean that neither could ever remove what the other said."""
     await cluster.peer("peer_worker.py", "same-0")

@@ -391,6 +391,21 @@ async def test_the_token_is_read_again_when_it_changes(cluster: Cluster, tmp_pat
         await worker.unregister(endpoint_record(worker.instance_id).key)
 
 
+async def test_a_token_whose_file_looks_the_same_is_read_again_when_it_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("letmein")
+    config = cluster.config("worker-0")
+    Path(config.kubeconfig).write_text(cluster.api.kubeconfig(tokenFile="token"))
+    async with open_kubernetes(config, clock=SystemClock(), random=Random()) as worker:
+        before = token.stat()
+        token.write_text("another")
+        os.utime(token, ns=(before.st_atime_ns, before.st_mtime_ns))
+        cluster.api.token = "another"
+        cluster.api.calls.clear()
+        assert await worker.register(endpoint_record(worker.instance_id))
+        assert cluster.api.counted()["patch", "dynamoworkermetadatas"] == 2, "once with each token"
+
+
 async def test_no_server_is_unavailable_within_the_time(cluster: Cluster) -> None:
     config = cluster.config("worker-0", answer_timeout=0.3)
     await cluster.api.stop()

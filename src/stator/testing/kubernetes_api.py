@@ -14,7 +14,7 @@ import base64
 import json
 import ssl
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -67,6 +67,8 @@ class KubernetesApi:
         """rights (API group, resource, verb) of everybody; None: all"""
         self.calls: list[Call] = []
         """the last ten thousand"""
+        self.delays: dict[str, float] = {}
+        """verb → seconds before it is done; what was begun is done even if its client leaves"""
         self.watches = WatchState(bookmarks=bookmarks)
         """how watches behave; `watches.open` counts them"""
         self._tls = tls
@@ -238,11 +240,31 @@ class KubernetesApi:
             case "get":
                 return _json(self._existing(call))
             case "patch":
-                return self._apply(request, resource, call, await request.read())
+                body = await request.read()
+                return await self._begin(call, lambda: self._apply(request, resource, call, body))
             case "delete":
-                return self._delete(call, await request.read())
+                body = await request.read()
+                return await self._begin(call, lambda: self._delete(call, body))
             case _:
                 raise Refused(405, "the server does not allow this method on the requested resource")
+
+    async def _begin(self, call: Call, work: Callable[[], web.Response]) -> web.Response:
+        delay = self.delays.get(call.verb, 0.0)
+        if not delay:
+            return work()
+        done: asyncio.Future[web.Response] = asyncio.get_running_loop().create_future()
+
+        def do() -> None:
+            try:
+                response = work()
+                if not done.done():
+                    done.set_result(response)
+            except Refused as refused:
+                if not done.done():
+                    done.set_exception(refused)
+
+        asyncio.get_running_loop().call_later(delay, do)
+        return await done
 
     def _check_right(self, right: tuple[str, str, str]) -> None:
         if self.allowed is not None and right not in self.allowed:
