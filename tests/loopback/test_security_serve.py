@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from stator.testing.certificates import Authority
+from stator.testing.etcd_server import EtcdServer
+from stator.testing.nats_server import nats_server
 from stator.testing.serve_process import StatorProcess, running
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.load]  # once is enough: the processes choose their own loop
@@ -125,6 +127,43 @@ def test_secrets_are_seen_nowhere(tmp_path: Path) -> None:
     for text in everything:
         for secret in hidden:
             assert secret not in text
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["logged in", "refused"])
+def test_passwords_of_servers_are_seen_nowhere(right: bool, tmp_path: Path) -> None:
+    password = "server-password-unseen"
+    login = f'{{user: stator, password: "{password if right else "another one"}"}}'
+    etcd = EtcdServer(tmp_path / "etcd")
+    with nats_server(tmp_path / "nats", settings={"authorization": login}) as nats:
+        etcd.start()
+        try:
+            etcd.add_user("stator", password if right else "another one")
+            environment = {
+                "ETCD_ENDPOINTS": etcd.url,
+                "ETCD_AUTH_USERNAME": "stator",
+                "ETCD_AUTH_PASSWORD": password,
+                "NATS_SERVER": nats.url,
+                "NATS_AUTH_USERNAME": "stator",
+                "NATS_AUTH_PASSWORD": password,
+                "STATOR_EVENT_PLANE": "nats",
+                "STATOR_LOG": "debug",
+                "STATOR_HEALTH_PORT": "0",
+            }
+            arguments = ("serve", "--port", "0", "--discovery", "etcd", "--request-plane", "nats")
+            with StatorProcess(*arguments, environment=environment) as service:
+                if right:
+                    assert "hello there" in _ask(service.wait_until_ready())
+                else:
+                    service.wait_for(r"(?i)auth|password|credential|log.?in|permission|user", timeout=30)
+                seen = [service.output, *(" ".join(process.cmdline()) for process in processes(service))]
+                for process in processes(service):
+                    for kind, address, port in sockets_of(process.pid):
+                        if kind == "SOCK_STREAM":
+                            seen += [_get(f"http://{address}:{port}{path}") for path in ("/health", "/metrics", "/metadata")]
+            seen.append(service.output)
+        finally:
+            etcd.kill()
+    assert all(password not in text for text in seen)
 
 
 def _lines(key: Path) -> list[str]:

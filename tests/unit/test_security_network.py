@@ -80,15 +80,15 @@ def test_what_is_open_is_said(tls: Tls, tmp_path_factory: pytest.TempPathFactory
     caplog.set_level(logging.WARNING)
     mutual = tls_of(Authority(tmp_path_factory.mktemp("mutual")))
     warn_of_open_doors(RuntimeConfig(), None)
-    warn_of_open_doors(config(), mutual)
-    warn_of_open_doors(config(cluster_secret=SECRET), tls)
+    warn_of_open_doors(config(event_plane="nats"), mutual)
+    warn_of_open_doors(config(event_plane="nats", cluster_secret=SECRET), tls)
     assert not caplog.records
     warn_of_open_doors(config(insecure_bind=True), None)
-    warn_of_open_doors(config(), tls)
-    warn_of_open_doors(config(cluster_secret=SECRET), None)
-    words = [entry.getMessage() for entry in caplog.records]
-    assert ["may send requests" in text for text in words] == [True, True, False]
-    assert "can be read" in words[2]
+    warn_of_open_doors(config(event_plane="nats"), tls)
+    warn_of_open_doors(config(event_plane="nats", cluster_secret=SECRET), None)
+    warn_of_open_doors(config(cluster_secret=SECRET), mutual)
+    said = ["may send requests", "events", "may send requests", "can be read", "events"]
+    assert [word in entry.getMessage() for word, entry in zip(said, caplog.records, strict=True)] == [True] * 5
 
 
 def test_the_command_line_permits_the_compatible_planes() -> None:

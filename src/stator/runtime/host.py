@@ -43,6 +43,8 @@ def warn_of_open_doors(config: RuntimeConfig, tls: Tls | None) -> None:
         )
     elif tls is None:
         logger.warning("what is said on %s can be read by others on its way: set certificates (tls.cert_path)", config.host)
+    if config.event_plane in ("auto", "zmq") and config.discovery != "memory":
+        logger.warning("events on %s are neither encrypted nor proved: take event_plane = nats, with TLS", config.host)
 
 
 def advertised_host(config: RuntimeConfig, tls: Tls | None = None) -> str:
