@@ -3,6 +3,7 @@
 import asyncio
 import builtins
 import json
+import os
 import sys
 
 import uvloop
@@ -24,7 +25,8 @@ async def generate(request, context):
 @dynamo_worker()
 async def main(runtime):
     print(json.dumps({"ready": True}), flush=True)
-    await runtime.endpoint("demo.backend.generate").serve_endpoint(generate)
+    name = os.environ.get("PEER_ENDPOINT", "generate")
+    await runtime.endpoint(f"demo.backend.{name}").serve_endpoint(generate)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class TestNatsExchanges(Exchanges):
             assert "Unavailable: Server unavailable" in answer["error"]
             ours.served._services.network.unregister(ours.served._path)
             answer = await client.ask(endpoint=ours.endpoint, request={"n": 1}, within=10)
-            assert "CannotConnect: NATS request to" in answer["error"]
+            assert "CannotConnect" in answer["error"], answer
 
     async def test_its_worker_goes_on_after_nats_was_away(self, place: Place, worker: Peer) -> None:
         assert place.nats is not None

@@ -121,6 +121,12 @@ async def plain_client(server: ServerProcess) -> AsyncGenerator[Any, None]:
         await client.close()
 
 
+async def told(client: Any) -> None:
+    """Wait until the server has what a plain client sent. Its first question overtakes that."""
+    for _ in range(2):
+        await client.flush()
+
+
 @asynccontextmanager
 async def calling(server: ServerProcess, **settings: Any) -> AsyncGenerator[NatsClient, None]:
     host = plane_host()
@@ -177,7 +183,7 @@ async def refusal(inbox: Inbox) -> StatorError:
 async def test_what_a_request_looks_like(server: ServerProcess) -> None:
     async with plain_client(server) as worker, calling(server) as client:
         heard = await worker.subscribe(SUBJECT, queue="q")
-        await worker.flush()
+        await told(worker)
         inbox = await ask(client, id="req\r\n1", request={"n": 2})
         message: Msg = await heard.next_msg(5)
         assert message.headers is not None
@@ -208,7 +214,7 @@ async def test_acknowledgements_that_say_no(server: ServerProcess, text: bytes, 
             await message.respond(text)
 
         await worker.subscribe(SUBJECT, cb=refuse)
-        await worker.flush()
+        await told(worker)
         error = await refusal(await ask(client))
         assert type(error) is kind
         assert (error.phase, error.instance, error.retryable) == ("accept", INSTANCE, True)
@@ -218,7 +224,7 @@ async def test_acknowledgements_that_say_no(server: ServerProcess, text: bytes, 
 async def test_an_acknowledgement_that_does_not_come(server: ServerProcess) -> None:
     async with plain_client(server) as worker, calling(server, request_timeout=0.2) as client:
         await worker.subscribe(SUBJECT)
-        await worker.flush()
+        await told(worker)
         error = await refusal(await ask(client))
         assert isinstance(error, Timeout)
         assert (error.phase, error.message) == ("accept", "no acknowledgement within 0.2 s")
@@ -243,12 +249,12 @@ async def test_nobody_listens(server: ServerProcess) -> None:
         assert type(await refusal(await ask(client))) is ConnectFailed
         assert 1.3 < loop.time() - began < 2.2
         subscription = await worker.subscribe(SUBJECT, cb=take)
-        await worker.flush()
+        await told(worker)
         inbox = await ask(client)
         await eventually(lambda: inbox.phase.label == "call home", what="the acknowledgement came")
         inbox.kill()
         await subscription.unsubscribe()
-        await worker.flush()
+        await told(worker)
         began = loop.time()
         assert type(await refusal(await ask(client))) is ConnectFailed
         assert loop.time() - began < 0.2
@@ -269,7 +275,7 @@ async def test_a_worker_that_is_about_to_listen_is_waited_for(server: ServerProc
 async def test_more_than_the_server_takes_is_the_callers_mistake(server: ServerProcess) -> None:
     async with plain_client(server) as worker, calling(server) as client:
         heard = await worker.subscribe(SUBJECT)
-        await worker.flush()
+        await told(worker)
         with pytest.raises(UsageError, match=r"too large for this deployment: \d+ bytes.*max_payload"):
             await ask(client, request="x" * client.connection.max_payload)
         assert client.open_streams == 0
@@ -283,7 +289,7 @@ async def test_more_than_the_server_takes_is_the_callers_mistake(server: ServerP
 async def test_too_many_without_acknowledgement(server: ServerProcess) -> None:
     async with plain_client(server) as worker, calling(server, unacknowledged=3) as client:
         await worker.subscribe(SUBJECT)
-        await worker.flush()
+        await told(worker)
         waiting = [await ask(client, id=str(number)) for number in range(3)]
         with pytest.raises(Overloaded):
             await ask(client)
@@ -303,7 +309,7 @@ async def test_records_that_name_no_subject(server: ServerProcess, subject: str)
 async def test_answers_of_strangers_are_ignored(server: ServerProcess) -> None:
     async with plain_client(server) as worker, calling(server) as client:
         heard = await worker.subscribe(SUBJECT)
-        await worker.flush()
+        await told(worker)
         inbox = await ask(client)
         message = await heard.next_msg(5)
         await worker.publish(message.reply + "0", b"Server overloaded: not yours")
@@ -311,7 +317,7 @@ async def test_answers_of_strangers_are_ignored(server: ServerProcess) -> None:
         await message.respond(b"")
         await message.respond(b"Server overloaded: too late")
         await eventually(lambda: inbox.phase.label == "call home", what="the acknowledgement came")
-        await worker.flush()
+        await told(worker)
         assert not inbox.ended
         inbox.kill()
 
@@ -407,8 +413,7 @@ async def test_a_draining_worker_leaves_its_subjects(server: ServerProcess) -> N
 async def test_a_request_on_its_way_when_the_endpoint_leaves_is_refused(server: ServerProcess) -> None:
     async with plain_client(server) as client, working(server) as worker, home() as caller:
         await client.publish(SUBJECT, request(caller), reply="nowhere.to.go")
-        for _ in range(2):  # the first question overtakes what is to be sent
-            await client.flush()
+        await told(client)
         worker.unregister(PATH)  # the request has reached the server, and perhaps us
         assert await asyncio.wait_for(caller.received.get(), 5)
 
@@ -430,7 +435,7 @@ async def test_the_queue_group_gives_each_request_to_one(server: ServerProcess) 
             await message.respond(b"whatever")
 
         await other.subscribe(SUBJECT, queue="q", cb=take)
-        await other.flush()
+        await told(other)
         ended = [await drain_quietly(await ask(client, request={"n": 1}, id=str(number))) for number in range(40)]
         assert ended.count([0]) == 40 - taken
         assert 0 < taken < 40

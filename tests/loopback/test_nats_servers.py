@@ -296,6 +296,19 @@ async def test_a_server_that_does_not_answer_is_given_up_and_found_again(tmp_pat
             assert await carries(made)
 
 
+async def test_what_waits_for_a_server_that_does_not_read_is_bounded(tmp_path: Path) -> None:
+    with nats_server(tmp_path) as server:
+        async with connection(config(server, ping_interval=60.0)) as made:
+            with server.standing_still():
+                taken = 0
+                while made.publish("a", bytes(2**20)):
+                    taken += 1
+                    await asyncio.sleep(0)
+                    assert made.full or taken < 32
+                assert 60 < taken < 100  # some of it is in the kernel's buffers
+                assert made.connected
+
+
 async def test_the_question_comes_by_itself(tmp_path: Path) -> None:
     with nats_server(tmp_path) as server:
         async with connection(config(server, ping_interval=0.1, ping_timeout=0.2)) as made:

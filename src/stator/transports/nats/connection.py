@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _FULL = 2**20
 """bytes that the kernel has not taken, at which senders wait"""
+_BRIM = 64 * 2**20
+"""the same, at which nothing more is taken, not even an answer: the server sends, and does not read"""
 _STALLED = 0.25
 """seconds of lateness by which a timeout tells more about our own loop than about the server"""
 _GOODBYE = 3.0
@@ -101,9 +103,12 @@ class NatsConnection:
         return 0 if self._socket is None else self._socket.max_payload
 
     def publish(self, subject: str, body: bytes, *, reply: str = "", headers: bytes = b"") -> bool:
-        """Send one message; False, and nothing is sent, while there is no connection. `subject` is one, the size is the caller's care."""
+        """Send one message. False: it was not, for there is no connection, or one that is full to the brim.
+
+        `subject` is one, the size is the caller's care, and who sends much waits for `writable`.
+        """
         socket = self._socket
-        if socket is None or not self._up.is_set():
+        if socket is None or not self._up.is_set() or socket.backlog >= _BRIM:
             return False
         socket.write(encode_publish(subject, body, reply=reply, headers=headers))
         return True

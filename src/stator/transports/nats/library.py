@@ -22,7 +22,7 @@ from stator.transports.nats.config import NatsConfig
 from stator.transports.nats.login import Login
 from stator.transports.nats.wire import PING, Message
 
-__all__ = ["NatsError", "NatsSocket"]
+__all__ = ["NatsSocket"]
 
 logger = logging.getLogger(__name__)
 
