@@ -1,7 +1,7 @@
 """The HTTP/2 plane keeps the meaning of a request."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -15,7 +15,7 @@ from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
 from stator.protocol.stream import Phase
 from stator.runtime.admission import Admission, AdmissionConfig
-from stator.runtime.engine import Handler, generate_function
+from stator.runtime.engine import generate_function
 from stator.runtime.serving import Serving
 from stator.security import Tls
 from stator.tasks import DeadlineWheel, SystemClock
@@ -82,18 +82,7 @@ class CallingHomeServer(Http2Server):
         return without_marker(super().describe(record, path))
 
 
-class SettledSuite(PlaneSuite):
-    """A request that is killed is forgotten here before it has arrived there: its handler may begin after all streams have ended."""
-
-    @asynccontextmanager
-    async def serving(self, handler: Handler, endpoint: str = "generate") -> AsyncGenerator[Caller, None]:
-        async with super().serving(handler, endpoint) as caller:
-            yield caller
-            await eventually(lambda: caller.pair.open_streams() == 0, what="no request is under way")
-            await eventually(lambda: caller.finished == len(caller.contexts), what="all handlers finished")
-
-
-class TestHttp2Plane(SettledSuite):
+class TestHttp2Plane(PlaneSuite):
     @asynccontextmanager
     async def pair(self) -> AsyncIterator[PlanePair]:
         async with http2_pair() as pair:
@@ -107,7 +96,7 @@ class TestHttp2Conversations(ConversationSuite):
             yield pair
 
 
-class TestCallingHomeOverHttp(SettledSuite):
+class TestCallingHomeOverHttp(PlaneSuite):
     """Requests over HTTP/2, answers as 1.2.1 gives them."""
 
     max_buffered = 20_000  # the kernel's buffers on loopback
@@ -263,7 +252,7 @@ async def test_a_request_id_that_no_header_field_can_carry() -> None:
 # -- TLS
 
 
-class TestHttp2OverTls(SettledSuite):
+class TestHttp2OverTls(PlaneSuite):
     tls: Tls
 
     @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from loopback.test_http2_plane import SettledSuite, loopback_host
+from loopback.test_http2_plane import loopback_host
 from stator.errors import Disconnected, StatorError
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_library import SessionLimits
@@ -15,7 +15,7 @@ from stator.protocol.http2_session import Session
 from stator.protocol.records import EndpointRecord, Transport
 from stator.tasks import DeadlineWheel, Scope
 from stator.testing.conversation_suite import ConversationSuite
-from stator.testing.plane_suite import PlanePair
+from stator.testing.plane_suite import PlanePair, PlaneSuite
 from stator.transports.http2 import Http2Config
 from stator.transports.http2.client import Http2Client
 from stator.transports.http2.connection import Http2Connection
@@ -149,7 +149,7 @@ async def proxied_pair() -> AsyncIterator[PlanePair]:
         await listener.wait_closed()
 
 
-class TestThroughAProxy(SettledSuite):
+class TestThroughAProxy(PlaneSuite):
     @asynccontextmanager
     async def pair(self) -> AsyncIterator[PlanePair]:
         async with proxied_pair() as pair:

@@ -168,8 +168,9 @@ class PlaneSuite(ABC):
             yield caller
             await eventually(lambda: caller.serving.inflight == 0, what="all handlers finished")
             await eventually(lambda: pair.open_streams() == 0, what="no stream left on either side")
+            # one that was killed may be forgotten here before it arrived there: its handler begins after all streams have ended
+            await eventually(lambda: caller.finished == len(caller.contexts), what="all handlers finished")
             assert len(wheel) == 0, "a deadline is still armed"
-            assert caller.finished == len(caller.contexts)
 
     # -- items
 
