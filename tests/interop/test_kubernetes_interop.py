@@ -12,6 +12,7 @@ import pytest
 from interop.peers import REFERENCE, Peer
 from stator.discovery.kubernetes import KubernetesConfig, KubernetesDiscovery, open_kubernetes
 from stator.discovery.kubernetes_identity import instance_id_of, object_name
+from stator.errors import Unavailable
 from stator.protocol.records import EndpointRecord, ModelRecord, Query
 from stator.runtime import Context, Runtime
 from stator.runtime.plugins import load_plugin
@@ -113,7 +114,10 @@ async def test_a_worker_of_the_reference_is_seen_and_called(cluster: Cluster, mo
     worker = await cluster.peer("peer_worker.py", "ref-0", mode)
     name = object_name("ref-0", "side" if mode == "container" else "")
     client = await runtime.endpoint(ENDPOINT).client()
-    ids = await client.wait_for_instances(timeout=30)
+    try:
+        ids = await client.wait_for_instances(timeout=30)
+    except Unavailable as error:
+        raise AssertionError(f"{error}; {cluster.records(name)} {runtime.discovery.status}\n{worker.log()}") from None
     assert ids == [instance_id_of(name)], "both make the same id from a name"
     assert len(cluster.records(name)) == 1
     items = await client.generate({"mode": "count", "n": 5}).collect()
