@@ -301,6 +301,19 @@ async def test_many_registrations_travel_together(cluster: Cluster) -> None:
         assert cluster.api.counted()["patch", "dynamoworkermetadatas"] < 10
 
 
+async def test_large_objects_are_written_and_too_large_ones_refused_with_the_reason(cluster: Cluster) -> None:
+    async with cluster.join("worker-0") as worker, cluster.join() as client:
+        record = model_record(worker.instance_id, "m")
+        large = msgspec.structs.replace(record, card_json={**record.card_json, "user_data": "x" * 1_300_000})
+        assert await worker.register(large)
+        assert await client.list(Query(ModelRecord.bucket)) == [large]
+        await worker.unregister(large.key)
+        too_large = msgspec.structs.replace(record, card_json={**record.card_json, "user_data": "x" * 3_200_000})
+        with pytest.raises(Unavailable, match="413 Request entity too large"):
+            await worker.register(too_large)
+        assert await worker.register(record), "the next one is not harmed"
+
+
 async def test_registering_costs_no_list(cluster: Cluster) -> None:
     """A thousand workers that start together would otherwise ask for a thousand lists of a thousand objects."""
     async with cluster.join("worker-0") as worker, cluster.join("worker-1") as other:

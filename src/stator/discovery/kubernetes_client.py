@@ -5,6 +5,7 @@ Only imported when a discovery is opened, as it brings an HTTP client along.
 
 import asyncio
 import email.utils
+import io
 import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ _MAX_ANSWER = 256 * 2**20
 """bytes of one answer; 500 objects of the largest size that etcd takes are more, but then pages can be made smaller"""
 _MAX_LINE = 8 * 2**20
 """bytes of one watch event; etcd takes objects of 1.5 MiB"""
+_LARGE = 2**20
+"""bytes of a body that is sent in pieces"""
 _MAX_REFUSAL = 64 * 1024
 _APPLY = "application/apply-patch+yaml"
 
@@ -142,7 +145,7 @@ class KubernetesClient:
                     method,
                     self.server + path,
                     params=params,
-                    data=body,
+                    data=io.BytesIO(body) if body is not None and len(body) > _LARGE else body,
                     headers=_headers(ticket, content_type),
                     ssl=ticket.context if ticket.context is not None else True,
                     server_hostname=self._server_name if ticket.context is not None else None,

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BACKOFF = Backoff(first=0.2, most=5.0)
-_SPREAD = 0.3
+_SPREAD = 1.0
 """seconds over which those spread who lost their connection at the same time"""
 _LONGEST_PATIENCE = 120.0
 """seconds; a server that wants to be left alone for longer is asked all the same"""

@@ -240,10 +240,10 @@ class KubernetesApi:
             case "get":
                 return _json(self._existing(call))
             case "patch":
-                body = await request.read()
+                body = await _body(request)
                 return await self._begin(call, lambda: self._apply(request, resource, call, body))
             case "delete":
-                body = await request.read()
+                body = await _body(request)
                 return await self._begin(call, lambda: self._delete(call, body))
             case _:
                 raise Refused(405, "the server does not allow this method on the requested resource")
@@ -332,8 +332,6 @@ class KubernetesApi:
     def _apply(self, request: web.BaseRequest, resource: Resource, call: Call, body: bytes) -> web.Response:
         if request.content_type != "application/apply-patch+yaml":
             raise Refused(415, f"the body of the request was in an unknown format: {request.content_type}")
-        if len(body) > _MAX_BODY:
-            raise Refused(413, f"Request entity too large: limit is {_MAX_BODY}")
         manager = call.query.get("fieldManager", "")
         if not manager:
             raise Refused(400, "fieldManager is required for apply patch")
@@ -382,6 +380,15 @@ def _parse(request: web.BaseRequest) -> tuple[Resource, Call]:
         request.method, request.method.lower()
     )
     return resource, Call(verb=verb, group=group, plural=plural, namespace=namespace, name=name[0] if name else "", query=query)
+
+
+async def _body(request: web.BaseRequest) -> bytes:
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+    if len(body) > _MAX_BODY:
+        raise Refused(413, f"Request entity too large: limit is {_MAX_BODY}")
+    return bytes(body)
 
 
 def _config(body: bytes, resource: Resource, call: Call) -> Object:
