@@ -355,11 +355,11 @@ class CallHomeListener:
 
     def opened(self, connection: CallHomeConnection) -> None:
         """Somebody connected and has not said for whom."""
+        self._connected.add(connection)
         if self._closed:  # the kernel had taken it before
             connection.abort()
             return
         connection.since = self._wheel.now()
-        self._connected.add(connection)
         self._silent[connection] = None
         if self.slot is None:
             self._wheel.arm(self, connection.since + self._config.handshake_timeout)
