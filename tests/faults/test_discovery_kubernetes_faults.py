@@ -348,6 +348,20 @@ async def test_an_apply_under_way_does_not_outlive_its_owner(cluster: Cluster) -
     assert cluster.api.metadata("worker-0") is None
 
 
+async def test_closing_tries_more_than_once(cluster: Cluster) -> None:
+    async with cluster.join("worker-0") as worker:
+        await worker.register(endpoint_record(worker.instance_id))
+        cluster.api.fail(503, times=2, verbs=("delete",))
+    assert cluster.api.metadata("worker-0") is None
+
+
+async def test_who_may_not_delete_leaves_nothing_inside(cluster: Cluster) -> None:
+    async with cluster.join("worker-0") as worker:
+        await worker.register(endpoint_record(worker.instance_id))
+        cluster.api.fail(403, times=1, verbs=("delete",))
+    assert _endpoints(cluster, "worker-0") == set()
+
+
 async def test_a_cancelled_closing_goes_on(cluster: Cluster) -> None:
     worker = await cluster.join("worker-0").__aenter__()
     await worker.register(endpoint_record(worker.instance_id))

@@ -25,6 +25,8 @@ _PARAMS = {"force": "true", "fieldManager": "dynamo-worker"}
 _BACKOFF = Backoff(first=0.2, most=5.0)
 _LONGEST_PATIENCE = 120.0
 """seconds; a server that wants to be left alone for longer is asked all the same"""
+_GOODBYES = 3
+"""attempts to delete the object when closing"""
 _VERSIONS = 1024
 """of the object, as our own applies made them: events about them come late"""
 
@@ -178,6 +180,16 @@ class MetadataWriter:
         options = msgspec.json.encode(
             {"apiVersion": "v1", "kind": "DeleteOptions", **({"preconditions": {"uid": self._uid}} if self._uid else {})}
         )
+        for attempt in range(_GOODBYES):
+            try:
+                await self._remove(options)
+                return
+            except ApiProblem as problem:
+                if problem.lasting or attempt == _GOODBYES - 1:
+                    raise
+            await asyncio.sleep(_BACKOFF.delay(attempt, self._random))
+
+    async def _remove(self, options: bytes) -> None:
         try:
             await self._api.delete(self._path, options)
         except ApiProblem as problem:
