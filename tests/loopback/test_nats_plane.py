@@ -14,7 +14,7 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 
-from stator.errors import ConnectFailed, Overloaded, StatorError, Timeout, Unavailable, UsageError
+from stator.errors import ConnectFailed, Disconnected, Overloaded, StatorError, Timeout, Unavailable, UsageError
 from stator.protocol.control_message import decode_control_message, read_call_home
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.ids import endpoint_path
@@ -23,7 +23,9 @@ from stator.protocol.two_part import decode_message, encode_frame
 from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.context import Context
 from stator.runtime.serving import Serving
+from stator.security import Tls
 from stator.tasks import DeadlineWheel, SystemClock
+from stator.testing.certificates import Authority, tls_of
 from stator.testing.conversation_suite import ConversationSuite
 from stator.testing.nats_server import NatsServer as ServerProcess
 from stator.testing.nats_server import nats_server
@@ -46,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield running
 
 
-def plane_host(*, observer: InstanceObserver | None = None, **overrides: Any) -> PlaneHost:
+def plane_host(*, observer: InstanceObserver | None = None, tls: Tls | None = None, **overrides: Any) -> PlaneHost:
     return PlaneHost(
         process="a" * 32,
         bind_host="127.0.0.1",
@@ -56,6 +58,7 @@ def plane_host(*, observer: InstanceObserver | None = None, **overrides: Any) ->
         clock=SystemClock(),
         random=Random(1),
         observer=observer,
+        tls=tls,
         overrides={"tcp.linger": 1.0, **overrides},
     )
 
@@ -128,8 +131,8 @@ async def told(client: Any) -> None:
 
 
 @asynccontextmanager
-async def calling(server: ServerProcess, **settings: Any) -> AsyncGenerator[NatsClient, None]:
-    host = plane_host()
+async def calling(server: ServerProcess, *, tls: Tls | None = None, **settings: Any) -> AsyncGenerator[NatsClient, None]:
+    host = plane_host(tls=tls)
     client = await NatsClient.start(config(server, **settings), host)
     try:
         yield client
@@ -139,8 +142,10 @@ async def calling(server: ServerProcess, **settings: Any) -> AsyncGenerator[Nats
 
 
 @asynccontextmanager
-async def working(server: ServerProcess, handler: Any = count, admission: Admission | None = None) -> AsyncGenerator[Any, None]:
-    worker = await NatsServer.listen(config(server), plane_host(), version="0.0.1")
+async def working(
+    server: ServerProcess, handler: Any = count, admission: Admission | None = None, tls: Tls | None = None
+) -> AsyncGenerator[Any, None]:
+    worker = await NatsServer.listen(config(server), plane_host(tls=tls), version="0.0.1")
     serving = Serving(handler, name="test.backend.generate", admission=admission)
     worker.register(PATH, serving)
     worker.describe(record(), PATH)
@@ -446,6 +451,29 @@ async def drain_quietly(inbox: Inbox) -> list[Any]:
         return await drain(inbox)
     except StatorError:
         return []
+
+
+@pytest.fixture
+def trusted(tmp_path: Path) -> tuple[Tls, Tls]:
+    """Two processes of one authority."""
+    authority = Authority(tmp_path)
+    return tls_of(authority, "worker"), tls_of(authority, "caller")
+
+
+async def test_answers_are_encrypted_where_tls_is_set(server: ServerProcess, trusted: tuple[Tls, Tls]) -> None:
+    async with working(server, tls=trusted[0]), calling(server, tls=trusted[1]) as client:
+        assert await drain(await ask(client, request={"n": 100})) == list(range(100))
+
+
+@pytest.mark.parametrize("alone", ["worker", "caller"])
+async def test_where_one_speaks_tls_alone_there_are_no_answers(
+    server: ServerProcess, trusted: tuple[Tls, Tls], alone: str
+) -> None:
+    there, here = (trusted[0], None) if alone == "worker" else (None, trusted[1])
+    async with working(server, tls=there), calling(server, tls=here) as client:
+        error = await refusal(await ask(client, request={"n": 1}, call_home=0.5))
+        assert isinstance(error, Timeout | Disconnected)
+        assert error.phase == "call home"
 
 
 # -- the service
