@@ -62,6 +62,10 @@ class TlsLayer(asyncio.Protocol):
         self._silent = True
         self._ended = False
         """the other side writes no more"""
+        self._stays = False
+        """and the protocol above still does"""
+        self._shut = False
+        """this side writes no more"""
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -208,14 +212,14 @@ class TlsLayer(asyncio.Protocol):
             self._stays = bool(self.above.eof_received())
         return self._stays
 
-    _stays = False
-
     # -- writing
 
     def write(self, data: "bytes | bytearray | memoryview[Any]") -> None:
         """Encrypt and send."""
         if self.closing or not data:
             return
+        if self._shut:
+            raise RuntimeError("written behind the end")
         try:
             self.ssl_object.write(data)
         except ssl.SSLError as error:
@@ -226,12 +230,15 @@ class TlsLayer(asyncio.Protocol):
 
     def _flush(self) -> None:
         if self._outgoing.pending and self.transport is not None:
-            self.transport.write(self._outgoing.read())
+            data = self._outgoing.read()
+            if not self._shut:
+                self.transport.write(data)
 
     def write_eof(self) -> None:
         """Say that nothing more will be said; what comes is still read."""
-        self._say_goodbye()
-        if self.transport is not None:
+        if self.transport is not None and not self._shut and not self.closing:
+            self._say_goodbye()
+            self._shut = True
             self.transport.write_eof()
 
     def _say_goodbye(self) -> None:
