@@ -115,12 +115,15 @@ async def test_requests_under_way_when_nats_ends_are_answered_or_fail_soon(serve
         assert all(error is None or error.retryable for error, _ in ended)
 
 
-async def test_a_server_that_is_back_at_once_costs_no_request(server: NatsServer, tmp_path: Path) -> None:
-    """Nothing is sent in between: a request that finds NATS gone waits a moment for it."""
+async def test_a_server_that_is_back_at_once_costs_no_request(
+    server: NatsServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that finds NATS gone waits a moment for it. (One that was written to the connection as it ended is lost.)"""
     async with cluster(server, root=tmp_path / "root", nats__reconnect_first=0.02, nats__reconnect_most=0.05) as client:
-        for _ in range(3):
+        for number in range(3):
             await asyncio.to_thread(server.stop)
             restarting = asyncio.get_running_loop().create_task(asyncio.to_thread(server.start))
+            await eventually(lambda n=number: caplog.text.count("requests over NATS fail") > n, what="it was noticed")  # type: ignore[misc]
             error, _ = await outcome(client)
             await restarting
             assert error is None
