@@ -12,6 +12,7 @@ from stator.discovery.interface import (
     Removed,
     Watch,
 )
+from stator.discovery.kubernetes import KubernetesConfig, KubernetesDiscovery, open_kubernetes
 from stator.discovery.memory import MemoryDiscovery, MemoryDiscoveryConfig, MemoryStore, open_memory
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "EtcdDiscovery",
     "FileDiscovery",
     "FileDiscoveryConfig",
+    "KubernetesConfig",
+    "KubernetesDiscovery",
     "MemoryDiscovery",
     "MemoryDiscoveryConfig",
     "MemoryStore",
@@ -31,5 +34,6 @@ __all__ = [
     "Watch",
     "open_etcd",
     "open_file",
+    "open_kubernetes",
     "open_memory",
 ]

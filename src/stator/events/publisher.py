@@ -21,7 +21,7 @@ class ChannelPublisher(ABC):
         self.channel = channel
         self._forget = forget
         self._host = host
-        self._id = host.random.getrandbits(64)
+        self._id = host.random.getrandbits(63)
         self._topic = channel.topic
         self._wall = host.clock.wall
         self._max_payload = host.config.max_payload
@@ -34,7 +34,7 @@ class ChannelPublisher(ABC):
 
     @property
     def publisher_id(self) -> int:
-        """Random, 64 bits."""
+        """Random, 63 bits: API servers of Kubernetes round whole numbers beyond that."""
         return self._id
 
     async def announce(self, transport: EventTransport) -> None:

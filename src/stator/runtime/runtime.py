@@ -139,6 +139,7 @@ class Runtime:
                     health,
                     state,
                     metrics=page,
+                    metadata=getattr(found, "metadata", lambda: None),  # only Kubernetes keeps a process' records together
                     engine=engine_routes,
                     drain=lambda: runtime.drain(),
                     resume=lambda: runtime.resume(),
