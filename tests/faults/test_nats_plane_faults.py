@@ -234,3 +234,28 @@ async def test_requests_over_tcp_do_not_notice_that_nats_events_are_away(server:
                 assert (await outcome(client))[0] is None
                 await asyncio.sleep(0.01)
             assert publisher.statistics().queued > 10
+
+
+async def test_all_workers_are_used_again_when_nats_is_back(server: NatsServer, tmp_path: Path) -> None:
+    """Not to be reached was not their fault."""
+    common: dict[str, Any] = {"discovery": "file", "file__root": str(tmp_path / "root"), "nats__servers": (server.url,)}
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            worker = await stack.enter_async_context(Runtime.connect(plane="compatible", request_plane="nats", **common))
+            await stack.enter_async_context(worker.endpoint("demo.backend.generate").serving(generate))
+        here = await stack.enter_async_context(Runtime.connect(plane="compatible", **common))
+        client = await here.endpoint("demo.backend.generate").client()
+        await client.wait_for_instances(3)
+        await asyncio.to_thread(server.stop)
+        end = time.monotonic() + OUTAGE
+        while time.monotonic() < end:
+            await outcome(client)
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(server.start)
+        await asyncio.sleep(BACK)
+        used: set[int] = set()
+        for _ in range(9):
+            stream = client.generate({"n": 1})
+            assert await stream.collect() == [0]
+            used.add(stream.instance_id)
+        assert len(used) == 3

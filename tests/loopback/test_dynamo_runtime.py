@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from stator.dynamo.endpoint import Endpoint
 from stator.dynamo.errors import CallFailed, InvalidValue, NotThere, StreamFailed
 from stator.dynamo.runtime import Context, PyAsyncRequestStream
 from stator.errors import ConfigError, StatorError, UsageError
-from stator.protocol.records import ModelRecord, Query
+from stator.events.nats import NatsEvents
+from stator.protocol.records import EndpointRecord, ModelRecord, Query
 from stator.testing.cluster import open_files, tasks_now
+from stator.testing.etcd_server import etcd_server
+from stator.testing.nats_server import nats_server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -176,10 +180,26 @@ async def test_who_waits_for_the_connection_may_be_cancelled() -> None:
     await runtime.aclose()
 
 
-@pytest.mark.parametrize(("backend", "plane"), [("etcd", "tcp"), ("kubernetes", "tcp"), ("file", "nats")])
-async def test_what_stator_does_not_have_yet_is_refused_by_name(backend: str, plane: str) -> None:
-    with pytest.raises(NotThere, match="not there yet"):
-        DistributedRuntime(None, backend, plane)
+async def test_a_worker_on_etcd_and_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as servers:
+        etcd = await asyncio.to_thread(servers.enter_context, etcd_server(tmp_path))
+        nats = await asyncio.to_thread(servers.enter_context, nats_server(tmp_path / "nats"))
+        monkeypatch.setenv("ETCD_ENDPOINTS", etcd.url)
+        monkeypatch.setenv("NATS_SERVER", nats.url)
+        runtime = DistributedRuntime(None, "etcd", "nats", event_plane="nats")
+        serving = asyncio.ensure_future(runtime.endpoint(PATH).serve_endpoint(count))
+        client = await runtime.endpoint(PATH).client()
+        (instance,) = await client.wait_for_instances()
+        stream = await client.round_robin(3, annotated=False)
+        assert [item async for item in stream] == [0, 1, 2]
+        assert [*await asyncio.to_thread(etcd.keys)] == [f"v1/instances/test/names/generate/{instance:x}"]
+        inside = runtime._membership.now("looking")._services
+        (record,) = await inside.discovery.list(Query("v1/instances"))
+        assert isinstance(record, EndpointRecord) and record.transport.nats_tcp == f"test_names.generate-{instance:x}"
+        assert isinstance(inside.events, NatsEvents)
+        await runtime.aclose()
+        await serving
+        await asyncio.to_thread(servers.close)
 
 
 async def test_what_nobody_has_is_refused() -> None:

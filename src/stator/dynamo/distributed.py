@@ -16,9 +16,9 @@ __all__ = ["Component", "DistributedRuntime", "Namespace"]
 class DistributedRuntime:
     """A process' membership in a cluster. Made at once, connected at the first `await` that needs it, left by `shutdown`.
 
-    `discovery_backend` is `file` or `mem`, `request_plane` is `tcp`: requests travel as Stator does it, on its own plane between
-    Stator processes and on the compatible one to and from the reference's. Arguments win over `DYN_*` and `STATOR_*` variables;
-    None asks those.
+    `discovery_backend` is `file`, `etcd`, `kubernetes` or `mem`. `request_plane` (`tcp` or `nats`) is how the reference's processes reach
+    this one; between Stator processes requests travel on a plane of its own. Arguments win over `DYN_*` and `STATOR_*` variables; None
+    asks those.
     """
 
     def __init__(
@@ -30,11 +30,9 @@ class DistributedRuntime:
         *,
         event_plane: str | None = None,
     ) -> None:
-        """Raises `NotThere` for what Stator does not have yet, `ValueError` for what nobody has. `enable_nats` is ignored."""
-        if event_plane not in (None, "zmq", "nats"):
-            raise InvalidValue(f"Invalid event_plane value '{event_plane}'. Valid values: 'nats', 'zmq'")
+        """Raises `ValueError` for planes that nobody has. `enable_nats` is ignored: NATS is used where a plane is."""
         self._loop = event_loop
-        self._membership = Membership(discovery=discovery_backend, request_plane=request_plane)
+        self._membership = Membership(discovery=discovery_backend, request_plane=request_plane, event_plane=event_plane)
 
     async def connected(self) -> "DistributedRuntime":
         """Connect now; from then on `connection_id` and the makers of metrics work. Stator's own. Raises what connecting raises."""

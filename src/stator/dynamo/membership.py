@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from stator.dynamo.errors import InvalidValue, NotThere
+from stator.dynamo.errors import InvalidValue
 from stator.errors import UsageError
 from stator.protocol.ids import EndpointId
 from stator.runtime import Runtime, ServedEndpoint
@@ -16,10 +16,6 @@ __all__ = ["Membership"]
 logger = logging.getLogger(__name__)
 
 _BACKENDS = {"file": "file", "mem": "memory"}
-_LATER = {
-    "etcd": "etcd discovery is not there yet; use discovery_backend='file', which needs no server on one machine",
-    "kubernetes": "Kubernetes discovery is not there yet; use discovery_backend='file' on one machine",
-}
 
 
 class Membership:
@@ -28,19 +24,20 @@ class Membership:
     Configured before it is connected: what `when_connected` is given is done then.
     """
 
-    def __init__(self, *, discovery: str | None, request_plane: str | None) -> None:
-        """`discovery` is the reference's name of a backend, or that of a plug-in; None is the setting. Raises `NotThere` for what
-        Stator does not have yet, `InvalidValue` for what nobody has.
+    def __init__(self, *, discovery: str | None, request_plane: str | None, event_plane: str | None = None) -> None:
+        """`discovery` is the reference's name of a backend, or that of a plug-in; None is the setting, here and for the others. Raises
+        `InvalidValue` for planes that nobody has.
         """
-        if request_plane == "nats":
-            raise NotThere("the NATS request plane is not there yet; use request_plane='tcp'")
-        if request_plane not in (None, "tcp"):
+        if request_plane not in (None, "tcp", "nats"):
             raise InvalidValue(f"Invalid request plane mode: '{request_plane}'. Valid options are: 'nats', 'tcp'")
-        if discovery in _LATER:
-            raise NotThere(_LATER[discovery])
-        self._settings: dict[str, Any] = {} if request_plane is None else {"request_plane": request_plane}
-        if discovery is not None:
-            self._settings["discovery"] = _BACKENDS.get(discovery, discovery)
+        if event_plane not in (None, "zmq", "nats"):
+            raise InvalidValue(f"Invalid event_plane value '{event_plane}'. Valid values: 'nats', 'zmq'")
+        given = {
+            "discovery": None if discovery is None else _BACKENDS.get(discovery, discovery),
+            "request_plane": request_plane,
+            "event_plane": event_plane,
+        }
+        self._settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.served: dict[EndpointId, ServedEndpoint] = {}
         """what this runtime serves now"""
         self._scope = Scope("runtime of stator.dynamo", close_timeout=60.0)

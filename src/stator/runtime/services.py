@@ -105,7 +105,7 @@ class ViewsObserver:
 
     def recovered(self, instance: int) -> None:
         for view in self._views.values():
-            view.availability.clear_suspect(instance)
+            view.availability.mark_success(instance)  # what failed on the way to it was not its fault
 
     def lost(self, instance: int, reason: str) -> None:
         for view in self._views.values():

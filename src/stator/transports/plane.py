@@ -171,7 +171,7 @@ class InstanceObserver(Protocol):
         ...
 
     def recovered(self, instance: int) -> None:
-        """Heard of again."""
+        """Heard of again, or what was between is gone: nothing that happened before is held against it."""
         ...
 
     def lost(self, instance: int, reason: str) -> None:
