@@ -169,7 +169,7 @@ def test_broken_frames_break_the_connection(frames: list[bytes]) -> None:
 @pytest.mark.parametrize(
     "ignored",
     [
-        frame(14, 0),
+        frame(15, 0),
         frame(200, 1, b"payload"),
         frame(0, 77),
         frame(STOP, 77),
