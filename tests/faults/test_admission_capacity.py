@@ -71,6 +71,15 @@ async def filled(worker: ClusterWorker) -> None:
     await eventually(lambda: admission(worker).full, what="slots and queue are full")
 
 
+async def called_home(worker: ClusterWorker, number: int) -> None:
+    """Who is being answered knows it: news of the record's end are no news of his request's. Planes without calls home have no such time."""
+    servers: Any = worker.runtime._services.network._servers  # pyright: ignore[reportPrivateUsage]
+    if "tcp" in servers:
+        answers = servers["tcp"]._reception.answers
+        await eventually(lambda: sum(each._accepted and each._transport is not None for each in answers) == number)
+        await asyncio.sleep(0.05)  # and what was written has arrived
+
+
 async def no_more_held(worker: ClusterWorker) -> None:
     await eventually(lambda: (admission(worker).running, admission(worker).queued) == (0, 0), what="every slot is back")
 
@@ -319,6 +328,7 @@ async def test_closing_with_a_full_queue_tells_everybody(plane: str, elsewhere: 
         if elsewhere:
             await cluster.worker(spare)
             await client.wait_for_instances(2, timeout=5)
+        await called_home(worker, 2)
         await worker.served.aclose()
         answers = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 10)
         if elsewhere:

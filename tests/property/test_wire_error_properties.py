@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from stator import errors
 from stator.errors import (
     ConfigError,
+    ConnectFailed,
     Disconnected,
     EngineError,
+    NotTrusted,
     PeerProtocolError,
     StatorError,
     StreamIncomplete,
@@ -55,6 +57,8 @@ def test_code_and_message_come_back_where_the_wire_has_words_for_them(error: Sta
         assert (back.code, back.kind) == RENAMED[type(error)]
     elif type(error) in (Disconnected, StreamIncomplete):  # one word: whether items came before is known to the reader
         assert type(back) is (StreamIncomplete if phase is Phase.ITEMS else Disconnected)
+    elif type(error) is NotTrusted:  # why there was no connection is for those who did not get it
+        assert type(back) is ConnectFailed
     else:
         assert type(back) is type(error)
         assert back.code == error.code
