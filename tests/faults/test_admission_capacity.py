@@ -72,7 +72,7 @@ async def filled(worker: ClusterWorker) -> None:
 
 
 async def called_home(worker: ClusterWorker, number: int) -> None:
-    """Who is being answered knows it: news of the record's end are no news of his request's. Planes without calls home have no such time."""
+    """Who is being answered knows it, so that news of the record are none of his request. Only calls home take time for that."""
     servers: Any = worker.runtime._services.network._servers  # pyright: ignore[reportPrivateUsage]
     if "tcp" in servers:
         answers = servers["tcp"]._reception.answers
