@@ -219,21 +219,21 @@ class EtcdApi:
             return self._token
 
     async def _post(self, endpoint: str, path: str, data: bytes, token: str) -> bytes:
-        if self._closed:
-            raise Trouble("the discovery is closed")
         try:
-            async with self._request(endpoint, path, data, token) as response:
-                answer = await _read(response)
-        except aiohttp.ServerDisconnectedError:  # a connection that had waited for us; a fresh one may do
             try:
-                async with self._request(endpoint, path, data, token) as response:
-                    answer = await _read(response)
-            except (aiohttp.ClientError, OSError) as error:
-                raise trouble_of(error, endpoint) from error
+                status, answer = await self._exchange(endpoint, path, data, token)
+            except aiohttp.ServerDisconnectedError:  # a connection that had waited for us; a fresh one may do
+                status, answer = await self._exchange(endpoint, path, data, token)
         except (aiohttp.ClientError, OSError) as error:
             raise trouble_of(error, endpoint) from error
-        check_answer(endpoint, response.status, answer)
+        check_answer(endpoint, status, answer)
         return answer
+
+    async def _exchange(self, endpoint: str, path: str, data: bytes, token: str) -> tuple[int, bytes]:
+        if self._closed:
+            raise Trouble("the discovery is closed")
+        async with self._request(endpoint, path, data, token) as response:
+            return response.status, await _read(response)
 
     def _request(self, endpoint: str, path: str, data: bytes, token: str) -> Any:
         # hasleader: a member that lost the others says so instead of keeping a watch silent
@@ -292,7 +292,10 @@ class EtcdApi:
             stream.close()
 
     async def _open(self, endpoint: str, data: bytes) -> aiohttp.ClientResponse:
-        response: aiohttp.ClientResponse = await self._request(endpoint, "/v3/watch", data, await self._log_in(endpoint))
+        token = await self._log_in(endpoint)
+        if self._closed:
+            raise Trouble("the discovery is closed")
+        response: aiohttp.ClientResponse = await self._request(endpoint, "/v3/watch", data, token)
         try:
             if response.status != 200:
                 check_answer(endpoint, response.status, await _read(response))
