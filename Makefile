@@ -39,7 +39,7 @@ flaky: $(VENV)/.test $(VENV)/.torch
 	for i in $$(seq 20); do $(PYTEST) -q $(FILES) || exit 1; done
 
 soak: $(VENV)/.test $(REFERENCE)/.ready $(REFERENCE_NEW)/.ready
-	$(PYTEST) -m soak --timeout 1800 tests
+	$(PYTEST) -m soak --timeout 1800 $(FILES)
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) $(REFERENCE_NEW)
