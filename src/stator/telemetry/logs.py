@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
@@ -171,7 +172,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
     """The handler of `configure_logging`. Who holds its lock may write whole lines to its stream."""
 
 
-class _Formatter(logging.Formatter):
+class _Formatter(logging.Formatter, ABC):
     """What both formats share. Formatting never raises: a value that cannot be shown is shown as its type."""
 
     def __init__(self, *, zone: tzinfo | None = UTC, hidden: tuple[str, ...] = ()) -> None:
@@ -189,8 +190,9 @@ class _Formatter(logging.Formatter):
             line = line.replace(secret, "***")
         return line
 
+    @abstractmethod
     def line(self, record: logging.LogRecord) -> str:
-        raise NotImplementedError
+        """What `record` says, secrets and all."""
 
     def time_of(self, record: logging.LogRecord) -> str:
         """Six digits of a second; `Z` or the offset."""

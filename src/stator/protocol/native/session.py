@@ -1,5 +1,6 @@
 """What both ends of a native connection have in common: HELLO and PROOF first, PING and PONG, GOAWAY, dispatch of frames."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from stator.config import Secret
@@ -21,7 +22,7 @@ _MOST_PONGS = 64
 """answers queued for a peer that asks and does not read; more are dropped"""
 
 
-class Session:
+class Session(ABC):
     """One end of a connection, without I/O: bytes in by `receive_data`, bytes out by `outgoing.data_to_send()`.
 
     `wake` is called when there is something to send. `greeted` is called once, when the peer's HELLO was accepted. With a `secret`,
@@ -61,9 +62,9 @@ class Session:
         return self._heard is not None
 
     @property
+    @abstractmethod
     def open_streams(self) -> int:
         """Streams whose end has not been decided."""
-        raise NotImplementedError
 
     def receive_data(self, data: bytes, now: float) -> bool:
         """Take bytes from the peer. True when they end a suspicion (section 8).
@@ -84,14 +85,14 @@ class Session:
                 self._connection_frame(kind, flags, payload)
         return recovered
 
+    @abstractmethod
     def stream_frame(self, kind: int, flags: int, count: int, number: int, payload: bytes) -> None:
         """A frame of a stream."""
-        raise NotImplementedError
 
-    def greeted(self) -> None:
+    def greeted(self) -> None:  # noqa: B027 - an end may have nothing to do then
         """The peer's HELLO was accepted."""
 
-    def went_away(self, goaway: Goaway) -> None:
+    def went_away(self, goaway: Goaway) -> None:  # noqa: B027 - a worker goes on
         """The peer sent GOAWAY."""
 
     def unknown(self, kind: int, flags: int) -> None:
