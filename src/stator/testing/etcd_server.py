@@ -17,22 +17,20 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EtcdServer", "EtcdTls", "etcd_cluster", "etcd_server", "find_etcd", "leader_of"]
+from stator.testing.server_process import ServerProcess
 
-_START = 30.0
-"""seconds until it must be ready"""
-_STOP = 5.0
-"""seconds until it must have ended"""
+__all__ = ["EtcdServer", "EtcdTls", "etcd_cluster", "etcd_server", "find_etcd", "free_ports", "leader_of"]
+
+_LEADER = 30.0
+"""seconds until a cluster must have a leader"""
 _READY = b'"msg":"serving client traffic'
 """what it logs when it takes calls"""
 
@@ -68,8 +66,8 @@ class EtcdTls:
         self.client_ca = client_ca
 
 
-class EtcdServer:
-    """One member, one process at a time. Calls block; inside an event loop they belong in a thread."""
+class EtcdServer(ServerProcess):
+    """One member, whose ports and data stay its own over stops."""
 
     def __init__(
         self,
@@ -82,14 +80,12 @@ class EtcdServer:
         flags: Sequence[str] = (),
     ) -> None:
         """`ports` are those for clients and for peers; `members` are all members' names and peer ports."""
+        super().__init__(directory, log=f"{name}.log")
         self.name = name
         self.client_port, self.peer_port = ports or tuple(free_ports(2))
-        self._directory = directory
         self._members = members or {name: self.peer_port}
         self._tls = tls
         self._flags = list(flags)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log_start = 0
 
     @property
     def url(self) -> str:
@@ -118,38 +114,20 @@ class EtcdServer:
             command += ["--cert-file", str(self._tls.certificate), "--key-file", str(self._tls.key)]
             if self._tls.client_ca is not None:
                 command += ["--client-cert-auth", "--trusted-ca-file", str(self._tls.client_ca)]
-        with self._log_path.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._directory, env={"PATH": "/usr/bin:/bin"}
-            )
+        self._launch(command, env={"PATH": "/usr/bin:/bin"})
 
     def wait_ready(self) -> None:
         """Wait until it takes calls."""
-        deadline = time.monotonic() + _START
-        while self._process is not None and self._process.poll() is None and time.monotonic() < deadline:
-            if _READY in self._log_path.read_bytes()[self._log_start :]:
-                return
-            time.sleep(0.02)
-        log = self.log()
-        self.kill()
-        raise RuntimeError(f"etcd did not start: {log}")
+        self._wait_until(lambda: _READY in self._written())
 
     def start(self) -> None:
         """Start, and wait until it takes calls."""
         self.launch()
         self.wait_ready()
 
-    def kill(self) -> None:
-        """SIGKILL. Idempotent."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(_STOP)
-
     def wipe(self) -> None:
         """Forget all data; not while it runs."""
-        if self._process is not None:
+        if self.running:
             raise RuntimeError("the server is running")
         shutil.rmtree(self._data, ignore_errors=True)
 
@@ -158,41 +136,8 @@ class EtcdServer:
         self._tls = tls
 
     @property
-    def running(self) -> bool:
-        """Whether it was started and not stopped."""
-        return self._process is not None
-
-    @property
-    def pid(self) -> int:
-        """The process that runs."""
-        if self._process is None:
-            raise RuntimeError("the server is not running")
-        return self._process.pid
-
-    @contextmanager
-    def standing_still(self) -> Generator[None, None, None]:
-        """A server that is there and does nothing, inside the block."""
-        pid = self.pid
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            deadline = time.monotonic() + _START
-            while _states(pid) != {"T"} and time.monotonic() < deadline:
-                time.sleep(0.001)
-            yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
-
-    def log(self) -> str:
-        """The end of what it wrote."""
-        return self._log_path.read_text("utf-8", errors="replace")[-5000:]
-
-    @property
     def _data(self) -> Path:
         return self._directory / f"{self.name}.data"
-
-    @property
-    def _log_path(self) -> Path:
-        return self._directory / f"{self.name}.log"
 
     # What it is asked
 
@@ -268,14 +213,9 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _states(pid: int) -> set[str]:
-    """Of its threads, as the kernel names them; each stops when it is next looked at."""
-    return {(task / "stat").read_text("utf-8").rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()}
-
-
 def leader_of(members: Sequence[EtcdServer]) -> EtcdServer:
     """The leader among the members that run; waits until there is one."""
-    deadline = time.monotonic() + _START
+    deadline = time.monotonic() + _LEADER
     while time.monotonic() < deadline:
         for member in members:
             try:
