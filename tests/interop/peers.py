@@ -23,6 +23,13 @@ REFERENCE = ROOT / ".venv-reference" / "bin" / "python"
 REFERENCE_NEW = ROOT / ".venv-reference-1.6.1" / "bin" / "python"
 HERE = Path(__file__).resolve().parent
 
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.exists(), reason="the reference is not installed: `make interop` installs it"
+)
+needs_newer_reference = pytest.mark.skipif(
+    not REFERENCE_NEW.exists(), reason="the reference 1.6.1 is not installed: `make interop` installs it"
+)
+
 _tags = itertools.count(1)
 
 

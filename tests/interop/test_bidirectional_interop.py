@@ -14,18 +14,14 @@ from typing import Any
 
 import pytest
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
+from interop.peers import Peer, discovery_root, needs_reference, peer, records_in
 from stator.errors import Cancelled, EngineError, Timeout
 from stator.protocol.two_part import TwoPartParser
 from stator.runtime import Client, Context, Conversation, Runtime
 from stator.testing.plane_suite import eventually
 from stator.testing.recorded import recorded
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 
 @pytest.fixture(scope="module")

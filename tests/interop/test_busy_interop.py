@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from interop.peers import REFERENCE
+from interop.peers import REFERENCE, needs_reference
 from stator import Runtime
 from stator.engines.echo import EchoEngine
 from stator.tasks import Scope
@@ -21,11 +21,7 @@ from stator.worker import Worker, WorkerConfig
 from stator.worker.engine import EngineConfig
 from stator.worker.snapshot import ComponentSnapshot, SnapshotSink
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="needs the reference's environment"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120), needs_reference]
 
 BLOCKS = 1000
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
+from interop.peers import REFERENCE, needs_reference
 from stator.llm.card import ModelCard, RuntimeConfig, WorkerType, byte_card, card_from_directory, card_to_json, mdcsum
 from stator.llm.openai import parse_chat, parse_completion
 from stator.llm.preprocess import Preprocessor
@@ -26,9 +27,8 @@ from stator.protocol.records import ModelRecord, encode_record
 from stator.testing.manual_clock import ManualClock
 from stator.testing.tiny_tokenizers import build_model_directory
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
-PYTHON = Path(__file__).parents[2] / ".venv-reference/bin/python"
 WAIT = 40.0
 """seconds until a process of the reference has done what it should"""
 
@@ -98,7 +98,7 @@ def running(tmp_path: Path, *arguments: str, given: Any = None) -> Iterator[subp
     """A process of the reference; `given` goes to its standard input as JSON. Ended with the block."""
     log = (tmp_path / "log.txt").open("ab")
     process = subprocess.Popen(
-        [str(PYTHON), *arguments],
+        [str(REFERENCE), *arguments],
         env=reference_environment(tmp_path),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 
+from interop.peers import REFERENCE, needs_reference
 from stator.discovery import FileDiscovery, FileDiscoveryConfig, open_file
 from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, Query
@@ -20,16 +21,11 @@ from stator.tasks import SystemClock
 from stator.testing.discovery_suite import endpoint_record, silence, until
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = ROOT / ".venv-reference" / "bin" / "python"
 OWNER = ROOT / "tests" / "faults" / "discovery_owner.py"
 TTL = 10.0
 """the reference's, which cannot be set"""
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 WORKER = """
 import asyncio, uvloop

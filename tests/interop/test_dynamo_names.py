@@ -12,13 +12,9 @@ from typing import Any
 
 import pytest
 
-from interop.peers import HERE, REFERENCE
+from interop.peers import HERE, REFERENCE, needs_reference
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="needs the reference's environment"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(180), needs_reference]
 
 SIDES = {"reference": (str(REFERENCE), "dynamo"), "stator": (sys.executable, "stator.dynamo")}
 PAIRS = [(worker, client) for worker in SIDES for client in SIDES]

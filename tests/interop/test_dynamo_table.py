@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from interop.peers import REFERENCE, ROOT
+from interop.peers import REFERENCE, ROOT, needs_reference
 from stator.dynamo.errors import NotThere
 from stator.dynamo.gaps import GAPS, Gap
 
@@ -18,7 +18,6 @@ pytestmark = pytest.mark.timeout(60)
 
 PAGE = (ROOT / "docs" / "dynamo.md").read_text("utf-8")
 ROW = re.compile(r"\| `([\w.]+)` \| (yes|differs|no) \| ?(.*?) ?\|")
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="needs the reference's environment")
 
 
 def table(section: str) -> dict[str, tuple[str, str]]:

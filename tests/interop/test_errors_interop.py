@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
+from interop.peers import Peer, discovery_root, needs_reference, peer, records_in
 from stator.errors import (
     Cancelled,
     ConnectFailed,
@@ -25,11 +25,7 @@ from stator.errors import (
 from stator.protocol.wire_errors import BACKEND_KINDS, RUNTIME_KINDS, to_wire
 from stator.runtime import Context, Runtime
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 RAISED = {
     # what its handler raises: the kind, and how the message begins

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer
+from interop.peers import REFERENCE, Peer, discovery_root, needs_reference, peer
 from stator.discovery.etcd import EtcdConfig, EtcdDiscovery, open_etcd
 from stator.errors import EngineError, StatorError, StreamIncomplete
 from stator.protocol.ids import endpoint_path
@@ -27,11 +27,7 @@ from stator.testing.discovery_suite import endpoint_record, silence, until
 from stator.testing.etcd_server import EtcdServer, etcd_server
 from stator.testing.plane_suite import eventually
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 GENERATE = Query(EndpointRecord.bucket, ("demo", "backend", "generate"))
 TTL = 4

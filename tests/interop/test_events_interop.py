@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer
+from interop.peers import Peer, discovery_root, needs_reference, peer
 from stator.events import Channel, Event, Subscription
 from stator.llm.load_event import LOAD_TOPIC, ActiveLoad, decode_load
 from stator.protocol.records import EventChannelRecord, Query, decode_record
@@ -17,11 +17,7 @@ from stator.runtime import Runtime
 from stator.testing.nats_server import nats_server
 from stator.testing.zmq_broker import zmq_broker
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 LOAD = Channel(namespace="events", topic=LOAD_TOPIC)
 BLOCKS = Channel(namespace="events", component="backend", topic="kv-events")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from interop.peers import REFERENCE, discovery_root
+from interop.peers import discovery_root, needs_reference
 from interop.test_card_interop import frontend as reference_frontend
 from interop.test_card_interop import running, wait_for
 from stator.frontend import FrontendConfig, FrontendMetrics, FrontendServer, create_app
@@ -25,11 +25,7 @@ from stator.telemetry import MetricSet
 from stator.testing.frontend_kit import RawClient
 from stator.testing.tiny_tokenizers import build_model_directory
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(120),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120), needs_reference]
 
 WORKER = """
 import asyncio, sys

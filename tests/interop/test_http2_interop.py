@@ -6,15 +6,11 @@ from typing import Any
 
 import pytest
 
-from interop.peers import REFERENCE, discovery_root, peer, records_in
+from interop.peers import discovery_root, needs_reference, peer, records_in
 from stator.runtime import Runtime
 from stator.runtime.plugins import load_plugin
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 ENDPOINT = "demo.backend.meshed"
 

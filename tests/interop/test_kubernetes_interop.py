@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from interop.peers import REFERENCE, Peer
+from interop.peers import Peer, needs_reference
 from stator.discovery.kubernetes import KubernetesConfig, KubernetesDiscovery, open_kubernetes
 from stator.discovery.kubernetes_identity import instance_id_of, object_name
 from stator.errors import Unavailable
@@ -25,11 +25,7 @@ ENDPOINT = "demo.backend.generate"
 QUERY = Query(EndpointRecord.bucket, ("demo", "backend", "generate"))
 Mode = Literal["pod", "container"]
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from interop.peers import Peer, discovery_root, peer
+from interop.peers import Peer, discovery_root, needs_reference, peer
 from stator import Runtime
 from stator.engines.echo import EchoEngine
 from stator.events.interface import Channel, EventPublisher, Subscription
@@ -30,7 +30,7 @@ from stator.testing.plane_suite import eventually
 from stator.worker import Worker, WorkerConfig
 from stator.worker.engine import EngineConfig
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120), needs_reference]
 
 BLOCK = 4
 TOKENS = list(range(1, 17))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from interop.peers import discovery_root
+from interop.peers import discovery_root, needs_reference
 from interop.test_card_interop import running
 from stator.errors import Overloaded
 from stator.llm.directory import ModelDirectory
@@ -21,7 +21,7 @@ from stator.tasks import SystemClock
 from stator.testing.plane_suite import eventually
 from stator.testing.tiny_tokenizers import build_model_directory
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120), needs_reference]
 
 BLOCKS, BLOCK_SIZE, SLOTS = 100, 16, 6
 HALF = LoadConfig(active_decode_blocks_threshold=0.5, stale_after=0.2)

@@ -13,16 +13,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
+from interop.peers import Peer, discovery_root, needs_reference, peer, records_in
 from stator.errors import StatorError
 from stator.runtime import Runtime
 from stator.telemetry import MetricsLevel, WorkerProcessMetrics, WorkError, WorkHandlerMetrics
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 ENDPOINTS = ("generate", "broken")
 FOREIGN = ("dynamo_tokio_",)

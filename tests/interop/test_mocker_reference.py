@@ -18,12 +18,12 @@ import msgspec
 import numpy
 import pytest
 
-from interop.peers import HERE, REFERENCE
+from interop.peers import HERE, REFERENCE, needs_reference
 from stator.mocker.options import MockerOptions
 from stator.mocker.simulation import round_robin, simulate
 from stator.mocker.workload import mooncake_trace
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120), needs_reference]
 
 BLOCK = 64
 

@@ -9,18 +9,14 @@ import nats
 import pytest
 
 from interop.exchanges import Exchanges, Place, count
-from interop.peers import REFERENCE, Peer, discovery_root
+from interop.peers import Peer, discovery_root, needs_reference
 from stator.errors import UsageError
 from stator.runtime import Runtime
 from stator.runtime.plugins import load_plugin
 from stator.testing.nats_server import NatsServer, nats_server
 from stator.testing.plane_suite import eventually
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 
 class TestEtcdAndNats(Exchanges):

@@ -8,17 +8,13 @@ from typing import Any, ClassVar
 import pytest
 
 from interop.exchanges import Exchanges, Place
-from interop.peers import REFERENCE_NEW, Peer
+from interop.peers import REFERENCE_NEW, Peer, needs_newer_reference
 from interop.test_errors_interop import OURS, RAISED
 from stator.errors import Disconnected, EngineError, StatorError, Timeout
 from stator.protocol.wire_errors import to_wire
 from stator.runtime import Context
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE_NEW.exists(), reason="the reference 1.6.1 is not installed; `make test` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_newer_reference]
 
 
 CLASSES = {

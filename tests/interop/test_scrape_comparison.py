@@ -17,16 +17,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
+from interop.peers import Peer, discovery_root, needs_reference, peer, records_in
 from interop.raw_caller import RawCaller, raw_caller, two_part
 from interop.scraped_handler import conversation, items
 from stator.runtime import Context, Runtime
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 SLOTS, QUEUE = 2, 2
 LIMITS = {"DYN_ENGINE_REQUEST_LIMIT": str(SLOTS), "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": str(QUEUE)}

@@ -8,15 +8,11 @@ from typing import Any, ClassVar
 import pytest
 
 from interop.exchanges import Exchanges, Place, count
-from interop.peers import REFERENCE_NEW, Peer, discovery_root
+from interop.peers import REFERENCE_NEW, Peer, discovery_root, needs_newer_reference
 from stator.errors import StatorError
 from stator.testing.certificates import Authority
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE_NEW.exists(), reason="the reference 1.6.1 is not installed; `make test` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_newer_reference]
 
 
 class SecuredPlace(Place, frozen=True, kw_only=True):

@@ -10,17 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
+from interop.peers import Peer, discovery_root, needs_reference, peer, records_in
 from stator.errors import Cancelled, ConnectFailed, Disconnected, EngineError, StatorError, StreamIncomplete
 from stator.protocol.envelope import RequestEnvelope
 from stator.runtime import Client, ResponseStream, Runtime
 from stator.transports.inbox import Inbox, Patience, PhaseLimits
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 
 @pytest.fixture(scope="module")

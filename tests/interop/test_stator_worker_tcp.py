@@ -12,15 +12,11 @@ from typing import Any
 
 import pytest
 
-from interop.peers import REFERENCE, Peer, discovery_root, peer
+from interop.peers import Peer, discovery_root, needs_reference, peer
 from stator.runtime import Context, Runtime, ServedEndpoint
 from stator.testing.plane_suite import eventually
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 _numbers = itertools.count(1)
 

@@ -13,15 +13,11 @@ from typing import Any
 import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
-from interop.peers import REFERENCE, discovery_root, peer, records_in
+from interop.peers import discovery_root, needs_reference, peer, records_in
 from interop.status_handler import CANARY, Patient
 from stator.runtime import Context, Runtime
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.timeout(90),
-    pytest.mark.skipif(not REFERENCE.exists(), reason="the reference is not installed; `make interop` does it"),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
 Asked = tuple[str, str, bytes]
 """method, path, body"""
