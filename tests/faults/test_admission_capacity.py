@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stator.errors import Cancelled, Disconnected, EngineError, Overloaded, StatorError, Timeout, Unavailable
+from stator.protocol.stream import Phase
 from stator.runtime import Client, Context, ResponseStream, Runtime
 from stator.runtime.admission import Admission
 from stator.testing.cluster import Cluster, ClusterWorker
@@ -71,13 +72,15 @@ async def filled(worker: ClusterWorker) -> None:
     await eventually(lambda: admission(worker).full, what="slots and queue are full")
 
 
-async def called_home(worker: ClusterWorker, number: int) -> None:
+async def called_home(client: Client, number: int) -> None:
     """Who is being answered knows it, so that news of the record are none of his request. Only calls home take time for that."""
-    servers: Any = worker.runtime._services.network._servers  # pyright: ignore[reportPrivateUsage]
-    if "tcp" in servers:
-        answers = servers["tcp"]._reception.answers
-        await eventually(lambda: sum(each._accepted and each._transport is not None for each in answers) == number)
-        await asyncio.sleep(0.05)  # and what was written has arrived
+    planes: Any = client._services.network._clients  # pyright: ignore[reportPrivateUsage]
+    if "tcp" in planes:
+        calls = planes["tcp"]._listener._connected
+        await eventually(
+            lambda: sum(each._stream is not None and each._stream._inbox.phase is Phase.FIRST_ITEM for each in calls) == number,
+            what=f"{number} requests have heard that they are answered",
+        )
 
 
 async def no_more_held(worker: ClusterWorker) -> None:
@@ -238,7 +241,7 @@ async def test_a_queued_request_waits_as_long_as_it_takes_to_get_a_slot(plane: s
         client = await cluster.client()
         asking = asked(client, 2)
         await filled(worker)
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.6)  # three times the limit, in which nothing happens
         assert not any(task.done() for task in asking)
         desk.open.set()
         assert await asyncio.gather(*asking) == [["done"]] * 2
@@ -328,7 +331,7 @@ async def test_closing_with_a_full_queue_tells_everybody(plane: str, elsewhere: 
         if elsewhere:
             await cluster.worker(spare)
             await client.wait_for_instances(2, timeout=5)
-        await called_home(worker, 2)
+        await called_home(client, 2)
         await worker.served.aclose()
         answers = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 10)
         if elsewhere:
