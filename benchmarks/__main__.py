@@ -17,7 +17,7 @@ from benchmarks.machine import hardware, versions
 from benchmarks.report import Plan, Report
 from benchmarks.tables import Circumstances, to_json, to_markdown
 
-QUESTIONS = ("runtime_planes", "planes", "http_serving", "idle_streams", "token_path", "overload")
+QUESTIONS = ("runtime_planes", "planes", "http_serving", "idle_streams", "large_messages", "token_path", "overload")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

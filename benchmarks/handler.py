@@ -1,6 +1,6 @@
 """The handler every worker serves, whatever carries it. Needs the standard library only.
 
-A request is `{"mode": …, "n": …}`; an item is ~35 bytes of JSON, `expected_items(n)` are the items of a right answer.
+A request is `{"mode": …, "n": …}`; an item is ~35 bytes of JSON if nothing else is said, `expected_items(n)` are the items of a right answer.
 
 | mode | answer |
 |---|---|
@@ -8,6 +8,7 @@ A request is `{"mode": …, "n": …}`; an item is ~35 bytes of JSON, `expected_
 | `paced` | n items, one per scheduler step; one step wakes all paced streams at once (`benchmarks.steps`) |
 | `idle` | one item, then silence until a `release`, then a second item |
 | `release` | wakes all idle streams; one item, how many there were |
+| `large` | one item, a text of n characters |
 | `census` | one item: idle streams now, CPU seconds and resident bytes of this process |
 """
 
@@ -35,7 +36,7 @@ def expected_items(n: int) -> list[Item]:
     return [{"token_ids": [i], "text": "tok"} for i in range(n)]
 
 
-async def generate(request: Item, context: object = None) -> AsyncIterator[Item]:
+async def generate(request: Item, context: object = None) -> AsyncIterator[Item | str]:
     """The handler. `context` differs between contenders and is not looked at."""
     mode, n = request["mode"], request["n"]
     if mode == "fast":
@@ -57,6 +58,8 @@ async def generate(request: Item, context: object = None) -> AsyncIterator[Item]
             _idle.discard(released)
     elif mode == "release":
         yield _release()
+    elif mode == "large":
+        yield "x" * n
     elif mode == "census":
         gc.collect()
         yield {"idle": len(_idle), "cpu": time.process_time(), "resident": resident_bytes()}

@@ -8,6 +8,7 @@ stdout. Every answer is compared with what it must be; a wrong one fails the mea
 import asyncio
 import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -25,6 +26,7 @@ _PROMPT = "x" * 100
 _WARMUP_STREAMS = 100
 _BATCH = 100
 """Streams opened at once: the question is what they cost, not how a burst is taken."""
+_LARGE = 10_000_000
 _POLL = 0.005
 _OPENING_LIMIT = 120.0
 
@@ -58,7 +60,10 @@ def measures_of(collect: Collect) -> dict[str, Measure]:
     async def idle(*, streams: int) -> dict[str, float]:
         return await measure_idle(collect, streams=streams)
 
-    return {"throughput": throughput, "paced": paced, "idle": idle}
+    async def large(*, way: str, rounds: int) -> dict[str, float]:
+        return await measure_large(collect, way=way, rounds=rounds)
+
+    return {"throughput": throughput, "paced": paced, "idle": idle, "large": large}
 
 
 async def measure_throughput(
@@ -160,6 +165,23 @@ async def measure_idle(collect: Collect, *, streams: int) -> dict[str, float]:
         "opened_per_s": streams / opened,
         "seconds": time.perf_counter() - began,
     }
+
+
+async def measure_large(collect: Collect, *, way: str, rounds: int) -> dict[str, float]:
+    """Median times of exchanges with a text of 10 MB and of 30 MB in turn, `there` in the request or `back` as the item."""
+    times: dict[int, list[float]] = {_LARGE: [], 3 * _LARGE: []}
+    for done in range(rounds + 1):
+        for size, took in times.items():
+            there, back = (size, 1) if way == "there" else (1, size)
+            request = {"n": back, "mode": "large", "prompt": "x" * there}
+            began = time.perf_counter()
+            (answer,) = await collect(request)
+            if done:  # the first round warms up
+                took.append(time.perf_counter() - began)
+            if len(answer) != back:
+                raise WrongAnswer(f"a text of {len(answer)} characters instead of {back}")
+    ten, thirty = (statistics.median(took) for took in times.values())
+    return {"growth": thirty / ten, "ten_ms": ten * 1e3, "thirty_ms": thirty * 1e3}
 
 
 async def _open_idle(collect: Collect, streams: int) -> list[asyncio.Task[list[Any]]]:

@@ -89,6 +89,15 @@ def test_idle_streams_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.load
 @pytest.mark.timeout(100)
+def test_large_messages_are_measured(tmp_path: Path) -> None:
+    names = ("stator-native", "stator-compatible")
+    run = run_benchmarks(tmp_path, "--only", "large_messages", *contender_options(*names))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert_measured(json.loads((tmp_path / "large_messages.json").read_bytes()), names)
+
+
+@pytest.mark.load
+@pytest.mark.timeout(100)
 def test_http_serving_is_measured(tmp_path: Path) -> None:
     run = run_benchmarks(tmp_path, "--only", "http_serving", *contender_options("stator"))
     assert run.returncode == 0, run.stdout + run.stderr

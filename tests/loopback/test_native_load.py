@@ -1,11 +1,9 @@
 """The native plane under load: time linear in bytes, large items delay nobody, a slow reader costs only its own stream."""
 
 import asyncio
-import ctypes
-import gc
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from stator.protocol.native.frames import ITEMS, FrameReader, frame
 from stator.protocol.native.outgoing import ITEM_OVERHEAD
 from stator.runtime.context import Context
+from stator.testing.growth import LINEAR, Growth
 from stator.testing.native_pair import NativePair
 from stator.testing.native_sockets import native_address, native_caller, with_native
 from stator.testing.plane_suite import Caller, drain, eventually
@@ -27,60 +26,46 @@ TCP = NativeConfig(unix=False, pulse=False)
 PATIENT = PhaseLimits(accept=60, first_item=60)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def even_memory() -> None:
-    """Below 32 MiB the C library keeps freed blocks, above it gives them back and pays for each page again: treat all sizes alike."""
-    mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
-
-
-def best(run: Callable[[], object], times: int = 5) -> float:
-    """Seconds of the fastest of several runs, which is the one the machine disturbed least."""
-    took: list[float] = []
-    for _ in range(times):
-        gc.collect()
-        started = time.perf_counter()
-        run()
-        took.append(time.perf_counter() - started)
-    return min(took)
-
-
 # -- linear
 
 
 def test_frames_that_dribble_in_byte_by_byte() -> None:
-    def dribble(size: int) -> Callable[[], object]:
-        data = frame(ITEMS, 1, b"x" * 60_000) * (size // 60_000)
+    def dribble(data: bytes) -> None:
+        reader = FrameReader()
+        for position in range(len(data)):
+            for _ in reader.feed(data[position : position + 1]):
+                pass
 
-        def run() -> None:
-            reader = FrameReader()
-            for position in range(len(data)):
-                for _ in reader.feed(data[position : position + 1]):
-                    pass
-
-        return run
-
-    assert best(dribble(1_800_000), 3) <= 4 * best(dribble(600_000), 3)
+    some = frame(ITEMS, 1, b"x" * 60_000) * 10
+    growth = Growth()
+    for _ in growth.rounds(5):
+        with growth.small():
+            dribble(some)
+        with growth.large():
+            dribble(some * 3)
+    assert growth.ratio <= LINEAR, growth
 
 
 @pytest.mark.parametrize("chunk", [100, 65_536])
 def test_an_item_in_chunks_without_a_socket(chunk: int) -> None:
-    def carry(size: int) -> Callable[[], object]:
-        data = msgspec.json.encode("x" * size)
+    def carry(item: bytes) -> None:
+        pair = NativePair(record=False)
+        _, receiver = pair.open()
+        pair.settle()
+        pair.calls[0].stream.push(item)
+        while taken := pair.server.outgoing.data_to_send():
+            for position in range(0, len(taken), chunk):
+                pair.client.receive_data(taken[position : position + chunk], 0.0)
+        assert len(receiver.items[0]) == len(item) - len(b'""')
 
-        def run() -> None:
-            pair = NativePair(record=False)
-            _, receiver = pair.open()
-            pair.settle()
-            pair.calls[0].stream.push(data)
-            while taken := pair.server.outgoing.data_to_send():
-                for position in range(0, len(taken), chunk):
-                    pair.client.receive_data(taken[position : position + chunk], 0.0)
-            assert len(receiver.items[0]) == size
-
-        return run
-
-    assert best(carry(30_000_000), 3) <= 4 * best(carry(10_000_000), 3)
+    ten, thirty = (msgspec.json.encode("x" * size) for size in (10_000_000, 30_000_000))
+    growth = Growth()
+    for _ in growth.rounds(5):
+        with growth.small():
+            carry(ten)
+        with growth.large():
+            carry(thirty)
+    assert growth.ratio <= LINEAR, growth
 
 
 async def sized(request: Any, context: Context) -> AsyncIterator[Any]:
@@ -89,22 +74,20 @@ async def sized(request: Any, context: Context) -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("what", ["item", "request"])
-async def test_thirty_megabytes_take_at_most_four_times_ten(what: str) -> None:
+async def test_time_is_linear_in_the_size(what: str) -> None:
     async with native_caller(sized, config=TCP) as caller:
 
-        async def seconds(size: int) -> float:
-            took: list[float] = []
-            for _ in range(5):
-                gc.collect()
-                started = time.perf_counter()
-                (got,) = await caller.collect(size if what == "item" else "x" * size, limits=PATIENT)
-                took.append(time.perf_counter() - started)
-                assert (len(got) if what == "item" else got) == size
-            return min(took)
+        async def carry(size: int) -> None:
+            (got,) = await caller.collect(size if what == "item" else "x" * size, limits=PATIENT)
+            assert (len(got) if what == "item" else got) == size
 
-        ten = await seconds(10_000_000)
-        thirty = await seconds(30_000_000)
-        assert thirty <= 4 * ten, (ten, thirty)
+        growth = Growth()
+        for _ in growth.rounds(5):
+            with growth.small():
+                await carry(10_000_000)
+            with growth.large():
+                await carry(30_000_000)
+        assert growth.ratio <= LINEAR, growth
 
 
 # -- fair

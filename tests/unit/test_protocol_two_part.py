@@ -1,12 +1,11 @@
 """TwoPart frames, whole and in pieces."""
 
-import time
-
 import pytest
 
 from stator.errors import PeerProtocolError
 from stator.protocol.partial import Partial
 from stator.protocol.two_part import PREFIX_SIZE, TwoPartParser, decode_message, encode_frame
+from stator.testing.growth import LINEAR, Growth
 from stator.testing.recorded import recorded, recorded_names
 
 
@@ -70,17 +69,19 @@ def test_a_message_ignores_what_follows_and_refuses_to_be_short() -> None:
 
 @pytest.mark.load
 def test_time_is_linear_in_the_size() -> None:
-    def seconds(megabytes: int) -> float:
+    def parse(megabytes: int) -> None:
         parser = TwoPartParser(limit=2**30)
         data = encode_frame(data=bytes(megabytes * 2**20))
-        started = time.perf_counter()
         frames = [frame for n in range(0, len(data), 1500) for frame in parser.receive_data(data[n : n + 1500])]
         assert len(frames) == 1
-        return time.perf_counter() - started
 
-    small = min(seconds(4) for _ in range(3))
-    large = min(seconds(16) for _ in range(3))
-    assert large < 12 * small, (small, large)
+    growth = Growth()
+    for _ in growth.rounds(5):
+        with growth.small():
+            parse(5)
+        with growth.large():
+            parse(15)
+    assert growth.ratio <= LINEAR, growth
 
 
 def test_partial_waits_for_what_the_next_step_needs() -> None:
