@@ -23,9 +23,9 @@ class Pool(RequestPool):
 
     dialled: "asyncio.Future[None]"
 
-    async def _add_line(self) -> None:
+    async def _connect(self) -> RequestLine:
         await self.dialled
-        self._lines.append(FullLine(config=self._config, wheel=self._wheel, freed=self._freed, gone=self._lost))
+        return FullLine(config=self._config, wheel=self._wheel, freed=self._freed, gone=self._lost)
 
 
 @pytest.mark.timeout(10)

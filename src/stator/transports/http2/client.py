@@ -21,7 +21,7 @@ from stator.tasks import Scope
 from stator.transports.http2.call import StreamCall
 from stator.transports.http2.config import Http2Config
 from stator.transports.http2.limits import session_limits
-from stator.transports.http2.line import Line, LineHost, LinePool
+from stator.transports.http2.line import Http2Pool, Line, LineHost
 from stator.transports.http2.push_call import PushCall
 from stator.transports.inbox import Inbox
 from stator.transports.inputs import DuplexInbox
@@ -44,7 +44,7 @@ class Http2Client:
         self._config = config
         self._host = host
         self._wheel = host.wheel
-        self._pools: dict[HttpAddress, LinePool] = {}
+        self._pools: dict[HttpAddress, Http2Pool] = {}
         self._dials = Scope("HTTP/2 dials")
         self._shared = LineHost(config=config, limits=session_limits(config, worker=False), host=host, dials=self._dials)
         self._home: CallHomeListener | None = None
@@ -180,16 +180,16 @@ class Http2Client:
     def _lines(self) -> list[Line]:
         return [line for pool in self._pools.values() for line in pool.lines]
 
-    def _pool(self, address: HttpAddress) -> LinePool:
+    def _pool(self, address: HttpAddress) -> Http2Pool:
         if self._closed:
             raise ConnectFailed("the client closed its plane", phase="connect")
         origin = HttpAddress(address.host, address.port, address.secure, "")
         pool = self._pools.get(origin)
         if pool is None:
-            pool = self._pools[origin] = LinePool(origin, self._shared, empty=self._drop)
+            pool = self._pools[origin] = Http2Pool(origin, self._shared, empty=self._drop)
         return pool
 
-    def _drop(self, pool: LinePool) -> None:
+    def _drop(self, pool: Http2Pool) -> None:
         """The last connection of a pool ended."""
         if self._pools.get(pool.address) is pool:
             del self._pools[pool.address]

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 
-from stator.errors import ConnectFailed, NotTrusted, PeerProtocolError, StatorError, Timeout, Unavailable
+from stator.errors import ConnectFailed, NotTrusted, StatorError, Unavailable
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.ids import endpoint_path
 from stator.protocol.native.budget import ByteBudget
@@ -14,6 +14,7 @@ from stator.protocol.native.session import Session
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.protocol.stream import Phase
 from stator.tasks import Scope
+from stator.transports.dialling import SharedDial, connect_error
 from stator.transports.inbox import Inbox
 from stator.transports.inputs import DuplexInbox
 from stator.transports.native.config import NativeConfig
@@ -43,7 +44,7 @@ class NativeClient:
         self._all: set[Line] = set()
         """also those that only finish what they have"""
         self._dials = Scope("native dials")
-        self._dialling: dict[str, asyncio.Task[Line | StatorError]] = {}
+        self._dialling: dict[str, SharedDial[Line]] = {}
         self._without_unix: dict[str, None] = {}
         self._closed = False
         self._probe = PulseProbe(host.wheel.loop, host.random)
@@ -112,38 +113,28 @@ class NativeClient:
 
     async def _dial(self, native: NativeAddress, instance: int) -> Line:
         """The line to a process; concurrent callers share one attempt, and a cancelled caller leaves it to the others."""
-        dialling = self._dialling.get(native.process)
-        if dialling is None:
+        dial = self._dialling.get(native.process)
+        if dial is None:
             if self._closed:
                 raise ConnectFailed("the client closed its plane", instance=instance, phase="connect")
-            dialling = self._dials.spawn(self._connect(native, instance), name=f"dial {native.address}")
-            self._dialling[native.process] = dialling
-            dialling.add_done_callback(lambda _: self._dialling.pop(native.process, None))
+            dial = self._dialling[native.process] = SharedDial(
+                lambda: self._connect(native, instance),
+                dials=self._dials,
+                name=f"dial {native.address}",
+                ended=lambda: self._dialling.pop(native.process, None),
+            )
         try:
-            line = await asyncio.shield(dialling)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed and (task is None or not task.cancelling()):
-                raise ConnectFailed("the client closed its plane", instance=instance, phase="connect") from None
-            raise
-        if isinstance(line, NotTrusted):
-            raise NotTrusted(line.message, reason=line.reason, instance=instance) from line
-        if isinstance(line, StatorError):  # shared by all callers: each gets its own
-            raise type(line)(line.message, instance=instance, phase="connect") from line
-        return line
+            return await dial.wait()
+        except (OSError, StatorError) as error:
+            limit = self._config.connect_timeout
+            raise connect_error(error, address=native.address, limit=limit, instance=instance) from error
 
-    async def _connect(self, native: NativeAddress, instance: int) -> Line | StatorError:
-        """The line, or why there is none: a failed dial is not a failed task."""
-        limit = self._config.connect_timeout
+    async def _connect(self, native: NativeAddress, instance: int) -> Line:
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(self._config.connect_timeout):
                 line = await self._connect_somehow(native, instance)
-        except TimeoutError:
-            return Timeout(f"no connection to {native.address} within {limit} s", instance=instance, phase="connect")
-        except NotTrusted as error:
-            return NotTrusted(f"cannot connect to {native.address}: {error}", reason=error.reason, instance=instance)
-        except (OSError, ValueError, PeerProtocolError) as error:  # a ValueError is about the address itself
-            return ConnectFailed(f"cannot connect to {native.address}: {error}", instance=instance, phase="connect")
+        except ValueError as error:  # about the address itself
+            raise ConnectFailed(str(error)) from error
         if line.session is not None:
             self._all.add(line)
             self._lines[native.process] = line

@@ -58,7 +58,7 @@ class CompatibleClient:
     @property
     def request_connections(self) -> int:
         """Open connections to workers' request listeners."""
-        return sum(pool.lines for pool in self._pools.values())
+        return sum(len(pool.lines) for pool in self._pools.values())
 
     # -- PlaneClient
 

@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
-from stator.errors import ConnectFailed, Disconnected, NotTrusted, PeerProtocolError, StatorError, Timeout
+from stator.errors import Disconnected, NotTrusted, PeerProtocolError, StatorError, Timeout
 from stator.protocol.request_frame import AcknowledgementParser
 from stator.security import Refusals, Tls, connecting, is_tls
 from stator.tasks import DeadlineWheel, Scope
 from stator.tasks.wheel import Timed
+from stator.transports.line_pool import LinePool
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.config import TcpConfig
 
@@ -160,8 +161,8 @@ class RequestLine(asyncio.Protocol):
             self._transport.abort()
 
 
-class RequestPool:
-    """The lines to one worker process. A second one is made only when the first is full, and so on."""
+class RequestPool(LinePool[RequestLine]):
+    """The lines to one worker process."""
 
     def __init__(
         self,
@@ -176,136 +177,40 @@ class RequestPool:
         connects: asyncio.Semaphore,
         empty: Callable[["RequestPool"], None],
     ) -> None:
+        super().__init__(f"{host}:{port}", most=config.pool_size, limit=config.connect_timeout, dials=dials, empty=empty)
         self.host = host
         self.port = port
         self._config = config
         self._wheel = wheel
         self._tls = tls
         self._refusals = refusals or Refusals()
-        self._dials = dials
         self._connects = connects
-        self._empty = empty
-        self._lines: list[RequestLine] = []
-        self._dialling: asyncio.Task[OSError | None] | None = None
         self._refusal: NotTrusted | None = None
         """of the line that ended last, while somebody waits"""
-        self._callers = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def lines(self) -> int:
-        """Open connections."""
-        return len(self._lines)
-
-    def line(self) -> RequestLine | None:
-        """A line that takes a request now."""
-        for line in self._lines:
-            if line.usable:
-                return line
-        return None
 
     async def wait(self, instance: int) -> RequestLine:
-        """A line as soon as there is one. Raises `ConnectFailed` or `Timeout` (phase "connect"). Cancelled: nothing changed."""
-        limit = self._config.connect_timeout
         if not self._callers:
             self._refusal = None
-        self._callers += 1
-        try:
-            async with asyncio.timeout(limit):
-                while (line := self.line()) is None:
-                    await self._progress()
-                    if self._refusal is not None:
-                        raise self._refusal
-                return line
-        except TimeoutError as error:
-            raise Timeout(
-                f"no connection to {self.host}:{self.port} within {limit} s", instance=instance, phase="connect"
-            ) from error
-        except NotTrusted as error:
-            text = f"cannot connect to {self.host}:{self.port}: {error}"
-            raise NotTrusted(text, reason=error.reason, instance=instance) from error
-        except OSError as error:
-            raise ConnectFailed(
-                f"cannot connect to {self.host}:{self.port}: {error}", instance=instance, phase="connect"
-            ) from error
-        finally:
-            self._callers -= 1
-            self._leave_if_empty()
+        return await super().wait(instance)
 
     async def _progress(self) -> None:
-        """Wait for a dial, which all callers share, or for room on a line once there are `pool_size` of them."""
-        if self._dials.closed:
-            raise ConnectionAbortedError("the client closed its plane")
-        if self._dialling is None and len(self._lines) < self._config.pool_size:
-            self._dialling = self._dials.spawn(self._dial(), name=f"dial {self.host}:{self.port}")
-            self._dialling.add_done_callback(self._dialled)
-        if self._dialling is not None:
-            await _shared(self._dialling)
-            return
-        waiter = self._wheel.loop.create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+        await super()._progress()
+        if self._refusal is not None:
+            raise self._refusal
 
-    async def _dial(self) -> OSError | None:
-        """Make a line; or why there is none: a failed dial is not a failed task."""
-        try:
-            await self._add_line()
-        except OSError as error:
-            return error
-        finally:
-            self._dialling = None  # at once: who waited for a task that has ended would not let the loop go on
-        return None
-
-    async def _add_line(self) -> None:
+    async def _connect(self) -> RequestLine:
         line = RequestLine(config=self._config, wheel=self._wheel, refusals=self._refusals, freed=self._freed, gone=self._lost)
-        async with self._connects, asyncio.timeout(self._config.connect_timeout):
+        async with self._connects, asyncio.timeout(self._limit):
             await connecting(line, self.host, self.port, tls=self._tls, refusals=self._refusals)
         if not line.usable:
             raise ConnectionResetError("the connection ended at once")
-        self._lines.append(line)
-
-    def _dialled(self, task: asyncio.Task[OSError | None]) -> None:
-        if self._dialling is task:  # cancelled before it began
-            self._dialling = None
-        self._freed()
-        self._leave_if_empty()
-
-    def _freed(self) -> None:
-        """There may be room: let those who wait look."""
-        waiters, self._waiters = self._waiters, deque()
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        return line
 
     def _lost(self, line: RequestLine) -> None:
         self._refusal = line.refusal
-        if line in self._lines:
-            self._lines.remove(line)
-        self._freed()
-        self._leave_if_empty()
-
-    def _leave_if_empty(self) -> None:
-        if not self._lines and self._dialling is None and not self._callers:
-            self._empty(self)
+        super()._lost(line)
 
     def abort(self, reason: StatorError) -> None:
         """Close all lines."""
-        for line in tuple(self._lines):
+        for line in self.lines:
             line.abort(reason)
-
-
-async def _shared(task: asyncio.Task[OSError | None]) -> None:
-    """Wait for a task that others wait for too; raises what it found. Its own cancellation is an `OSError` here, ours leaves it alone."""
-    try:
-        failure = await asyncio.shield(task)
-        if failure is not None:
-            raise failure
-    except asyncio.CancelledError:
-        ours = asyncio.current_task()
-        if task.cancelled() and ours is not None and not ours.cancelling():
-            raise ConnectionAbortedError("the client closed its plane") from None
-        raise
