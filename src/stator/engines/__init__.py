@@ -1,8 +1,9 @@
 """The engines that come with Stator, and how to find any engine by name.
 
-`echo` answers with the prompt and needs nothing. `transformers` runs any causal language model of that library; the rest of
-the room is its parts: `sequence` (one answer's state), `step_thread` (scheduling), `causal_lm`, `row_batch` and `sampling`
-(tensors), `token_inbox` (the way back to the event loop). Nothing here imports torch before an engine starts.
+`echo` answers with the prompt and needs nothing. `transformers` runs any causal language model of that library; its parts are
+`sequence` (one answer's state), `step_thread` (scheduling), `causal_lm`, `row_batch` and `sampling` (tensors), `token_inbox` (the
+way back to the event loop). `vllm` and `sglang` adapt engines of other libraries: `foreign_engine` on top of `hosted` (a thread
+with a loop), `foreign_request` and `foreign_answer` are what they share. Nothing here imports torch before an engine starts.
 """
 
 from stator.engines.registry import create_engine, known_engines, load_engine

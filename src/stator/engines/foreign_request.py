@@ -1,9 +1,12 @@
 """What of a request concerns every foreign engine alike."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from stator.errors import EngineError
 from stator.llm.request import PreprocessedRequest
 
-__all__ = ["ending_ids", "refuse_unsupported"]
+__all__ = ["chosen_fields", "ending_ids", "refuse_unsupported"]
 
 
 def refuse_unsupported(request: PreprocessedRequest) -> None:
@@ -30,3 +33,22 @@ def ending_ids(request: PreprocessedRequest) -> tuple[frozenset[int], frozenset[
         hidden - eos if stop.ignore_eos else hidden | eos,
         frozenset(stop.stop_token_ids or ()) | frozenset(stop.stop_token_ids_visible or ()),
     )
+
+
+def chosen_fields(request: PreprocessedRequest, defaults: Mapping[str, Any], **own: object) -> dict[str, Any]:
+    """Sampling by the names that the libraries share, and by the library's `own`; None: the request leaves it open. That is as in
+    `defaults`, the model's own generation config, or left to the library.
+    """
+    sampling = request.sampling_options
+    asked = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        **own,
+    }
+    fields = {name: value for name, value in defaults.items() if name in asked}
+    return fields | {name: value for name, value in asked.items() if value is not None}

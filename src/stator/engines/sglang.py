@@ -1,7 +1,6 @@
 """SGLang: its engine behind our worker."""
 
 import asyncio
-import importlib
 import json
 import logging
 import signal
@@ -9,17 +8,23 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, ClassVar
 
 from stator.config import Config, Setting
-from stator.engines.arguments import missing_extra, read_arguments
+from stator.engines.arguments import read_arguments
+from stator.engines.foreign_engine import ForeignEngine
 from stator.engines.foreign_request import refuse_unsupported
-from stator.engines.hosted import HostedEngine, card_of
-from stator.engines.loopback_ports import free_ports
+from stator.engines.model_options import (
+    ContextLength,
+    DataParallelSize,
+    ModelName,
+    ModelSource,
+    PublishKvEvents,
+    TensorParallelSize,
+    WeightType,
+)
 from stator.engines.sglang_translate import AnswerReader, sampling_fields
-from stator.errors import ConfigError, EngineError, StatorError
-from stator.kv.sources import KvEventSource, ZmqSource
+from stator.errors import EngineError
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
 from stator.worker.engine import EngineConfig
-from stator.worker.snapshot import ComponentSnapshot, SnapshotSink
 
 __all__ = ["SglangEngine", "SglangOptions"]
 
@@ -31,17 +36,15 @@ class SglangOptions(Config, frozen=True, kw_only=True):
 
     section: ClassVar[str] = "sglang"
 
-    model: Annotated[str, Setting(doc="model directory, or id on the Hugging Face hub")] = ""
-    name: Annotated[str, Setting(doc="model name to serve; empty: the model's own")] = ""
-    dtype: Annotated[str, Setting(doc="type of weights and activations, e.g. bfloat16; auto: the checkpoint's own")] = "auto"
-    tensor_parallel_size: Annotated[int, Setting(doc="GPUs that share each layer", ge=1)] = 1
-    data_parallel_size: Annotated[int, Setting(doc="copies of the model, each with a scheduler of its own", ge=1, le=1024)] = 1
+    model: ModelSource = ""
+    name: ModelName = ""
+    dtype: WeightType = "auto"
+    tensor_parallel_size: TensorParallelSize = 1
+    data_parallel_size: DataParallelSize = 1
     mem_fraction_static: Annotated[
         float | None, Setting(doc="fraction of the GPU's memory for weights and KV cache; none: SGLang's default", gt=0, le=1)
     ] = None
-    context_length: Annotated[
-        int | None, Setting(doc="longest prompt and answer together; none: the model's limit", unit="tokens", ge=2)
-    ] = None
+    context_length: ContextLength = None
     max_num_seqs: Annotated[
         int | None, Setting(doc="requests that generate at once, per copy; none: as many as memory allows", ge=1)
     ] = None
@@ -49,7 +52,7 @@ class SglangOptions(Config, frozen=True, kw_only=True):
     guided_decoding: Annotated[
         bool, Setting(doc="let requests ask for it: SGLang then loads a tokenizer, and turns all tokens to text, too")
     ] = False
-    kv_events: Annotated[bool, Setting(doc="publish what the prefix cache holds, for routers")] = True
+    kv_events: PublishKvEvents = True
     load_interval: Annotated[float, Setting(doc="time between looks at the schedulers' load", unit="s", gt=0, le=60)] = 0.25
     arguments: Annotated[
         str,
@@ -75,7 +78,7 @@ class SglangOptions(Config, frozen=True, kw_only=True):
         return given | read_arguments(self.arguments, setting="sglang.arguments")
 
 
-class SglangEngine(HostedEngine):
+class SglangEngine(ForeignEngine):
     """SGLang's `Engine`, which runs its schedulers in processes of its own and ends all child processes of this one when it ends.
 
     What a request leaves open, the model's generation config decides, then SGLang. `routing.dp_rank` chooses the copy of the
@@ -87,19 +90,12 @@ class SglangEngine(HostedEngine):
 
     def __init__(self, options: SglangOptions) -> None:
         """Raises `ConfigError` without a model."""
-        super().__init__("sglang")
-        if not options.model:
-            raise ConfigError("the sglang engine needs a model: a directory or an id on the Hugging Face hub")
+        super().__init__("sglang", options)
         self.options = options
-        self._engine: Any = None
-        self._library: Any = None
         self._facts: Any = None
         self._incremental = False
         self._names: frozenset[str] = frozenset()
-        self._ranks = 1
-        self._kv_port = 0
         self._signalled: asyncio.AbstractEventLoop | None = None
-        self._snapshots: SnapshotSink | None = None
 
     async def start(self, instance_id: int) -> EngineConfig:
         """As `HostedEngine.start`; from now on SIGQUIT belongs to us, where that is possible."""
@@ -120,20 +116,14 @@ class SglangEngine(HostedEngine):
                 loop.remove_signal_handler(signal.SIGQUIT)
 
     async def load(self, instance_id: int) -> EngineConfig:
-        self.report("importing sglang")
-        try:
-            library: Any = await asyncio.to_thread(importlib.import_module, "stator.engines.sglang_library")
-        except ModuleNotFoundError as error:
-            raise missing_extra("sglang", error) from error
-        except ImportError as error:
-            raise ConfigError(f"this version of SGLang is not supported, 0.5 and later are: {error}") from error
-        self._library = library
+        library = await self._import_library("SGLang", oldest="0.5")
         arguments = self._arguments(library.server_fields())
         self.report(f"starting SGLang with {self.options.model}")
         self._engine = library.build(arguments)
         self._names = library.generate_names(self._engine)
         self._facts = facts = await library.facts_of(self._engine)
-        card = await asyncio.to_thread(card_of, self.options.model, report=self.report)
+        self._total_blocks = facts.token_capacity // facts.page_size
+        card = await self._card()
         self._look_at_load()
         return EngineConfig(
             model=self.options.model,
@@ -141,7 +131,7 @@ class SglangEngine(HostedEngine):
             served_name=self.options.name or None,
             context_length=facts.context_length,
             kv_cache_block_size=facts.page_size,
-            total_kv_blocks=facts.token_capacity // facts.page_size or None,
+            total_kv_blocks=self._total_blocks or None,
             max_num_seqs=facts.max_running_requests,
             max_num_batched_tokens=facts.max_prefill_tokens,
             data_parallel_size=self._ranks,
@@ -154,9 +144,7 @@ class SglangEngine(HostedEngine):
             if name in known:
                 self._incremental = bool(arguments.setdefault(name, True))
                 break
-        if self.options.kv_events and "kv_events_config" not in arguments:
-            self._kv_port = free_ports(self._ranks)
-            endpoint = f"tcp://127.0.0.1:{self._kv_port}"
+        if endpoint := self._reserve_kv_endpoint(arguments):
             arguments["kv_events_config"] = json.dumps({"publisher": "zmq", "endpoint": endpoint, "topic": ""})
         return arguments
 
@@ -197,27 +185,13 @@ class SglangEngine(HostedEngine):
             call[name] = request.routing.dp_rank
         return call
 
-    def error_of(self, error: Exception) -> StatorError:
-        return self._library.error_of(error)
-
-    async def unload(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.shutdown()
-
-    # -- load and events
+    # -- load
 
     def snapshot_ranks(self) -> Sequence[int]:
         return range(self._ranks) if self._has_loads() else ()
 
     def _has_loads(self) -> bool:
         return self._engine is not None and hasattr(self._engine.tokenizer_manager, "get_loads")
-
-    def attach_snapshots(self, sink: SnapshotSink) -> None:
-        """Empty caches to begin with, then what the schedulers say."""
-        self._snapshots = sink
-        for rank in range(self._ranks):
-            self._publish(rank, used=0, hit_rate=None)
 
     def _look_at_load(self) -> None:
         engine, silent = self._engine, False
@@ -227,7 +201,7 @@ class SglangEngine(HostedEngine):
             while self._engine is engine and self._has_loads():
                 try:
                     for load in await engine.tokenizer_manager.get_loads():
-                        self._publish(load.dp_rank, used=load.num_used_tokens, hit_rate=load.cache_hit_rate)
+                        self._record(load)
                     silent = False
                 except Exception:
                     if not silent:
@@ -237,24 +211,8 @@ class SglangEngine(HostedEngine):
 
         self.spawn(look())
 
-    def _publish(self, rank: int, *, used: int, hit_rate: float | None) -> None:
-        facts = self._facts
-        total = facts.token_capacity // facts.page_size
-        if self._snapshots is None or not total or not 0 <= rank < self._ranks:
-            return
-        snapshot = ComponentSnapshot(
-            kv_used_blocks=-(-used // facts.page_size),
-            kv_total_blocks=total,
-            gpu_cache_usage=min(used / facts.token_capacity, 1.0),
-            kv_cache_hit_rate=hit_rate,
-        )
-        self._snapshots.publish(rank, snapshot)
-
-    def kv_event_sources(self) -> Sequence[KvEventSource]:
-        """SGLang's publishers connect to us, one port per rank: they would bind all interfaces of the machine otherwise."""
-        if not self._kv_port:
-            return ()
-        return [
-            ZmqSource(endpoint=f"tcp://127.0.0.1:{self._kv_port + rank}", dp_rank=rank, bind=True)
-            for rank in range(self._ranks)
-        ]
+    def _record(self, load: Any) -> None:
+        """`LoadSnapshot` of a rank, over there."""
+        size, used = self._facts.page_size, load.num_used_tokens
+        usage = min(used / (self._facts.token_capacity or 1), 1.0)
+        self._publish(load.dp_rank, used_blocks=-(-used // size), usage=usage, hit_rate=load.cache_hit_rate)

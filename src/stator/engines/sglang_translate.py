@@ -5,9 +5,10 @@ from typing import Any
 
 import msgspec
 
-from stator.engines.foreign_request import ending_ids
+from stator.engines.foreign_answer import End, Explained, ForeignAnswer
+from stator.engines.foreign_request import chosen_fields, ending_ids
 from stator.errors import EngineError, Overloaded
-from stator.llm.output import CompletionUsage, EngineOutput, FinishError, TopLogprob
+from stator.llm.output import EngineOutput, FinishError, TopLogprob
 from stator.llm.request import GuidedDecoding, PreprocessedRequest
 
 __all__ = ["AnswerReader", "sampling_fields"]
@@ -24,22 +25,15 @@ def sampling_fields(request: PreprocessedRequest, defaults: Mapping[str, Any], *
     sampling, stop = request.sampling_options, request.stop_conditions
     eos, stops = ending_ids(request)
     left = max(context_length - len(request.token_ids), 1)
-    asked = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "sampling_seed": sampling.seed,
-        "min_new_tokens": stop.min_tokens,
-        "ignore_eos": stop.ignore_eos,
-        "stop_token_ids": sorted(eos | stops) or None,
-        "max_new_tokens": left if stop.max_tokens is None else min(stop.max_tokens, left),
-    }
-    fields = {name: value for name, value in defaults.items() if name in asked}
-    fields |= {name: value for name, value in asked.items() if value is not None}
+    fields = chosen_fields(
+        request,
+        defaults,
+        sampling_seed=sampling.seed,
+        min_new_tokens=stop.min_tokens,
+        ignore_eos=stop.ignore_eos,
+        stop_token_ids=sorted(eos | stops) or None,
+        max_new_tokens=left if stop.max_tokens is None else min(stop.max_tokens, left),
+    )
     if sampling.guided_decoding is not None:
         fields |= _guided(sampling.guided_decoding)
     return fields
@@ -62,15 +56,12 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{letter}" if letter in r"\.^$*+?{}[]|()/-" else letter for letter in text)
 
 
-class AnswerReader:
+class AnswerReader(ForeignAnswer):
     """Reads the chunks of one answer (`stream=True`), whether each has the new tokens alone (`incremental`) or all so far."""
 
     def __init__(self, request: PreprocessedRequest, *, incremental: bool) -> None:
-        self._prompt = len(request.token_ids)
-        self._logprobs = request.output_options.logprobs
-        self._eos, _ = ending_ids(request)
+        super().__init__(request)
         self._incremental = incremental
-        self._count = 0
 
     def read(self, chunk: Mapping[str, Any]) -> EngineOutput:
         """The item for a chunk. Raises the error that it tells of. Token path."""
@@ -81,26 +72,14 @@ class AnswerReader:
         finish: Mapping[str, Any] | None = meta.get("finish_reason")
         if finish is None and self._logprobs is None:
             return EngineOutput(token_ids=token_ids)
-        log_probs, top = self._explained(len(token_ids), meta)
-        reason: str | FinishError | None = None
-        stop_reason = usage = None
-        if finish is not None:
-            reason, stop_reason = self._end(finish)
-            usage = self._usage(meta.get("cached_tokens"))
-        return EngineOutput(
-            token_ids=token_ids,
-            log_probs=log_probs,
-            top_logprobs=top,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            completion_usage=usage,
-        )
+        explained = self._explained(len(token_ids), meta)
+        end = None if finish is None else self._end(finish)
+        return self._item(token_ids, explained, end, cached=meta.get("cached_tokens"))
 
-    def _end(self, finish: Mapping[str, Any]) -> tuple[str | FinishError, int | str | None]:
-        matched = finish.get("matched")
+    def _end(self, finish: Mapping[str, Any]) -> End:
         match finish.get("type"):
             case "stop":
-                return ("eos", None) if matched is None or matched in self._eos else ("stop", matched)
+                return self._stopped(finish.get("matched"))
             case "length":
                 return "length", None
             case "abort":
@@ -108,7 +87,7 @@ class AnswerReader:
             case other:
                 return FinishError(f"SGLang ended the answer: {other}"), None
 
-    def _aborted(self, finish: Mapping[str, Any]) -> tuple[str | FinishError, None]:
+    def _aborted(self, finish: Mapping[str, Any]) -> End:
         message, status = str(finish.get("message") or "aborted"), finish.get("status_code")
         if status == _BAD_REQUEST:
             raise EngineError(message, kind="InvalidArgument")
@@ -116,7 +95,7 @@ class AnswerReader:
             raise Overloaded(message, phase="accept")
         return ("cancelled", None) if status is None else (FinishError(message), None)
 
-    def _explained(self, new: int, meta: Mapping[str, Any]) -> tuple[list[float | None] | None, list[list[TopLogprob]] | None]:
+    def _explained(self, new: int, meta: Mapping[str, Any]) -> Explained:
         """The last `new` entries: `(logprob, token id, text)`, and for the alternatives lists of those."""
         if self._logprobs is None:
             return None, None
@@ -126,15 +105,6 @@ class AnswerReader:
         return (
             [logprob for logprob, *_ in chosen[first:]],
             [_alternatives(position) for position in ranked[max(len(ranked) - new, 0) :]] or [[] for _ in chosen[first:]],
-        )
-
-    def _usage(self, cached: int | None) -> CompletionUsage:
-        details: dict[str, int | None] | None = None if cached is None else {"cached_tokens": cached}
-        return CompletionUsage(
-            prompt_tokens=self._prompt,
-            completion_tokens=self._count,
-            total_tokens=self._prompt + self._count,
-            prompt_tokens_details=details,
         )
 
 

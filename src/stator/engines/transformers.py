@@ -10,6 +10,7 @@ import msgspec
 from stator.config import Config, Setting
 from stator.engines.arguments import missing_extra
 from stator.engines.block_ledger import BlockLedger
+from stator.engines.model_options import ContextLength, ModelName, ModelSource, need_model
 from stator.engines.sequence import Finish, Sequence, TokenChoice
 from stator.engines.step_thread import StepResult, StepThread
 from stator.engines.token_inbox import TokenInbox
@@ -35,15 +36,13 @@ class TransformersOptions(Config, frozen=True, kw_only=True):
 
     section: ClassVar[str] = "transformers"
 
-    model: Annotated[str, Setting(doc="model directory, or id on the Hugging Face hub")] = ""
-    name: Annotated[str, Setting(doc="model name to serve; empty: the model's own")] = ""
+    model: ModelSource = ""
+    name: ModelName = ""
     device: Annotated[str, Setting(doc="torch device, e.g. cpu or cuda:0; auto: a GPU if there is one")] = "auto"
     dtype: Annotated[
         str, Setting(doc="torch type of the weights, e.g. bfloat16; auto: the checkpoint's own on a GPU, float32 on the CPU")
     ] = "auto"
-    context_length: Annotated[
-        int | None, Setting(doc="longest prompt and answer together; none: the model's limit", unit="tokens", ge=2)
-    ] = None
+    context_length: ContextLength = None
     max_num_seqs: Annotated[int, Setting(doc="requests that generate at once", ge=1, le=4096)] = 16
     max_batch_rows: Annotated[
         int | None,
@@ -84,8 +83,7 @@ class TransformersEngine(LLMEngine):
 
     def __init__(self, options: TransformersOptions) -> None:
         """Raises `ConfigError` without a model."""
-        if not options.model:
-            raise ConfigError("the transformers engine needs a model: a directory or an id on the Hugging Face hub")
+        need_model("transformers", options.model)
         self.options = options
         self._report: Callable[[str], None] = lambda text: None
         self._seeds = random.Random(options.seed)

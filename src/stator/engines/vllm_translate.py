@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from stator.engines.foreign_request import ending_ids
-from stator.llm.output import CompletionUsage, EngineOutput, FinishError, TopLogprob
+from stator.engines.foreign_answer import End, Explained, ForeignAnswer
+from stator.engines.foreign_request import chosen_fields, ending_ids
+from stator.llm.output import EngineOutput, FinishError, TopLogprob
 from stator.llm.request import GuidedDecoding, PreprocessedRequest
 
 __all__ = [
@@ -59,23 +60,16 @@ def sampling_fields(request: PreprocessedRequest, defaults: Mapping[str, Any]) -
     """Arguments of `SamplingParams`, but the guided decoding. What the request leaves open is as in `defaults`, the model's own
     generation config, or vLLM's own default. Without `max_tokens` the answer may fill the context.
     """
-    sampling, stop = request.sampling_options, request.stop_conditions
+    stop = request.stop_conditions
     eos, stops = ending_ids(request)
-    asked = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "seed": sampling.seed,
-        "min_tokens": stop.min_tokens,
-        "logprobs": request.output_options.logprobs,
-        "thinking_token_budget": stop.max_thinking_tokens,
-    }
-    fields = {name: value for name, value in defaults.items() if name in asked}
-    fields |= {name: value for name, value in asked.items() if value is not None}
+    fields = chosen_fields(
+        request,
+        defaults,
+        seed=request.sampling_options.seed,
+        min_tokens=stop.min_tokens,
+        logprobs=request.output_options.logprobs,
+        thinking_token_budget=stop.max_thinking_tokens,
+    )
     fields["max_tokens"] = stop.max_tokens
     if ids := sorted(eos | stops):
         fields["stop_token_ids"] = ids
@@ -98,14 +92,11 @@ def guided_fields(guided: GuidedDecoding) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-class AnswerReader:
+class AnswerReader(ForeignAnswer):
     """Reads the steps of one answer (`RequestOutputKind.DELTA`)."""
 
     def __init__(self, request: PreprocessedRequest) -> None:
-        self._prompt = len(request.token_ids)
-        self._logprobs = request.output_options.logprobs
-        self._eos, _ = ending_ids(request)
-        self._count = 0
+        super().__init__(request)
         self._cached: int | None = None
 
     def read(self, step: RequestOutputLike) -> EngineOutput:
@@ -117,27 +108,15 @@ class AnswerReader:
             self._cached = step.num_cached_tokens
         if completion.finish_reason is None and self._logprobs is None:
             return EngineOutput(token_ids=token_ids)
-        log_probs, top = self._explained(token_ids, completion.logprobs)
-        reason: str | FinishError | None = completion.finish_reason
-        stop_reason = completion.stop_reason
-        usage = None
-        if reason is not None:
-            reason, stop_reason = self._end(reason, stop_reason)
-            usage = self._usage()
-        return EngineOutput(
-            token_ids=token_ids,
-            log_probs=log_probs,
-            top_logprobs=top,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            completion_usage=usage,
-        )
+        explained = self._explained(token_ids, completion.logprobs)
+        reason = completion.finish_reason
+        end = None if reason is None else self._end(reason, completion.stop_reason)
+        return self._item(token_ids, explained, end, cached=self._cached)
 
-    def _end(self, reason: str, stop_reason: int | str | None) -> tuple[str | FinishError, int | str | None]:
-        """vLLM says `stop` of an end-of-sequence token too, with no reason if it is the tokenizer's own."""
+    def _end(self, reason: str, stop_reason: int | str | None) -> End:
         match reason:
             case "stop" | "repetition":
-                return ("eos", None) if stop_reason is None or stop_reason in self._eos else ("stop", stop_reason)
+                return self._stopped(stop_reason)
             case "length":
                 return "length", None
             case "abort":
@@ -145,9 +124,7 @@ class AnswerReader:
             case _:
                 return FinishError(f"vLLM ended the answer: {reason}"), None
 
-    def _explained(
-        self, token_ids: list[int], logprobs: Sequence[Mapping[int, LogprobLike] | None] | None
-    ) -> tuple[list[float | None] | None, list[list[TopLogprob]] | None]:
+    def _explained(self, token_ids: list[int], logprobs: Sequence[Mapping[int, LogprobLike] | None] | None) -> Explained:
         if self._logprobs is None or logprobs is None:
             return None, None
         chosen: list[float | None] = []
@@ -164,12 +141,3 @@ class AnswerReader:
                 ]
             )
         return chosen, top
-
-    def _usage(self) -> CompletionUsage:
-        details: dict[str, int | None] | None = None if self._cached is None else {"cached_tokens": self._cached}
-        return CompletionUsage(
-            prompt_tokens=self._prompt,
-            completion_tokens=self._count,
-            total_tokens=self._prompt + self._count,
-            prompt_tokens_details=details,
-        )
