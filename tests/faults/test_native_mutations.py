@@ -400,7 +400,7 @@ def check_bounds(pair: NativePair) -> None:
         assert session._reader.buffered < HEADER_SIZE + MAX_PAYLOAD
     readers = [stream.inputs for stream in pair.server.streams.values() if stream.inputs is not None]
     for link in (*pair.client.streams.values(), *readers):
-        assert len(link._fragments or ()) * MAX_PAYLOAD <= 1_000_000 + MAX_PAYLOAD
+        assert len(link._begun or b"") <= 1_000_000 + MAX_PAYLOAD
 
 
 def a_pair() -> NativePair:

@@ -34,7 +34,7 @@ def read_credit(payload: bytes) -> int:
 
 
 @cache
-def _decoders(item_type: Any) -> tuple[Callable[[bytes], list[Any]], Callable[[bytes], Any]]:
+def _decoders(item_type: Any) -> tuple[Callable[[bytes], list[Any]], Callable[[bytes | bytearray], Any]]:
     """How to read an ITEMS frame, and one item, of a type."""
     decoder = msgspec.json.Decoder(item_type)
     return decoder.decode_lines, decoder.decode
@@ -43,7 +43,7 @@ def _decoders(item_type: Any) -> tuple[Callable[[bytes], list[Any]], Callable[[b
 class Incoming:
     """The receiving half of one stream: decodes into `receiver`, counts what the application has not taken, returns credit."""
 
-    __slots__ = ("_fragments", "_lines", "_one", "_session", "_uncredited", "_unread", "_window", "number", "receiver")
+    __slots__ = ("_begun", "_lines", "_one", "_session", "_uncredited", "_unread", "_window", "number", "receiver")
 
     def __init__(self, session: Session, number: int, receiver: Receiver, window: int) -> None:
         self.number = number
@@ -52,7 +52,7 @@ class Incoming:
         self._window = window
         self._uncredited = 0
         self._unread = 0
-        self._fragments: list[bytes] | None = None
+        self._begun: bytearray | None = None
         self._lines, self._one = _decoders(receiver.item_type)
 
     def taken(self) -> None:
@@ -68,7 +68,7 @@ class Incoming:
 
     def items(self, flags: int, count: int, payload: bytes) -> None:
         """An ITEMS frame. Token path: one decode and one call into the receiver."""
-        if flags & MORE or self._fragments is not None:
+        if flags & MORE or self._begun is not None:
             self._fragment(flags, count, payload)
             return
         try:
@@ -85,17 +85,16 @@ class Incoming:
 
     def _fragment(self, flags: int, count: int, payload: bytes) -> None:
         """A part of an item above one frame. It was begun under credit, so all of it comes; it is charged when it is whole."""
-        if self._fragments is None:
+        if self._begun is None:
             if self._unread + self._uncredited >= self._window:
                 raise PeerProtocolError(f"stream {self.number} began an item without credit")
-            self._fragments = []
+            self._begun = bytearray()
             self.receiver.accept()
-        self._fragments.append(payload)
+        self._begun += payload
         if flags & MORE:
             self._check_fragment(flags, count, payload)
             return
-        whole = b"".join(self._fragments)
-        self._fragments = None
+        whole, self._begun = self._begun, None
         if count != 1:
             raise PeerProtocolError(f"the last fragment of an item announces {count} items")
         self._unread += len(whole) + ITEM_OVERHEAD
@@ -111,8 +110,8 @@ class Incoming:
             raise PeerProtocolError(f"a fragment of an item has {len(payload)} bytes instead of {MAX_PAYLOAD}")
         if count or flags & LAST:
             raise PeerProtocolError("a fragment of an item can end neither an item nor the stream")
-        assert self._fragments is not None
-        if len(self._fragments) * MAX_PAYLOAD > self._session.hello.limits.item:
+        assert self._begun is not None
+        if len(self._begun) > self._session.hello.limits.item:
             raise PeerProtocolError(f"item is larger than {self._session.hello.limits.item} bytes")
 
     def _undecodable(self, error: Exception) -> None:
@@ -128,10 +127,10 @@ class Incoming:
     @property
     def in_mid_item(self) -> bool:
         """Whether a part of an item has arrived and its rest has not."""
-        return self._fragments is not None
+        return self._begun is not None
 
     def release(self, budget: ByteBudget) -> None:
         """Nothing more is wanted: return the window."""
         budget.give(self._window)
         self._window = 0
-        self._fragments = None
+        self._begun = None

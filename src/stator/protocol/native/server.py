@@ -128,17 +128,16 @@ S = TypeVar("S", bound=ServerStream)
 class _Arriving:
     """An OPEN of several frames. `refused`: its rest is skipped."""
 
-    __slots__ = ("parts", "refused", "size")
+    __slots__ = ("body", "refused")
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.size = 0
+        self.body = bytearray()
         self.refused = False
 
     def refuse(self) -> int:
         """Let go of what has arrived; returns its bytes."""
-        size, self.size = self.size, 0
-        self.parts.clear()
+        size = len(self.body)
+        self.body = bytearray()
         self.refused = True
         return size
 
@@ -232,13 +231,11 @@ class ServerSession(Session):
             arriving = self._arriving[number] = _Arriving()
         if not arriving.refused:
             self._collect(arriving, number, payload)
-        if not flags & MORE:
-            body = b"".join(arriving.parts)
-            if not self._drop_arriving(number).refused:
-                self._open(number, memoryview(body))
+        if not flags & MORE and not self._drop_arriving(number).refused:
+            self._open(number, memoryview(arriving.body))
 
     def _collect(self, arriving: _Arriving, number: int, payload: bytes) -> None:
-        if arriving.size + len(payload) > self.hello.limits.request + 2 * MAX_PAYLOAD:
+        if len(arriving.body) + len(payload) > self.hello.limits.request + 2 * MAX_PAYLOAD:
             raise PeerProtocolError(f"request is larger than {self.hello.limits.request} bytes")
         try:
             self.budget.take(len(payload))
@@ -246,8 +243,7 @@ class ServerSession(Session):
             self.budget.give(arriving.refuse())
             self.outgoing.control(frame(REFUSE, number, encode_error(error)))
             return
-        arriving.parts.append(payload)
-        arriving.size += len(payload)
+        arriving.body += payload
 
     def _kill_arriving(self, number: int) -> None:
         if number in self._arriving and not self._drop_arriving(number).refused:  # else REFUSE was its answer
@@ -255,7 +251,7 @@ class ServerSession(Session):
 
     def _drop_arriving(self, number: int) -> _Arriving:
         arriving = self._arriving.pop(number)
-        self.budget.give(arriving.size)
+        self.budget.give(len(arriving.body))
         return arriving
 
     def _open(self, number: int, body: bytes | memoryview) -> None:
