@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stator.discovery import kubernetes
+from stator.discovery import kubernetes, kubernetes_guard
 from stator.discovery.interface import Added, Removed, Watch
 from stator.discovery.kubernetes import KubernetesConfig, KubernetesDiscovery, open_kubernetes
 from stator.errors import Unavailable
@@ -47,6 +47,10 @@ class Cluster:
             "answer_timeout": 1.0,
         }
         return open_kubernetes(KubernetesConfig(**{**fields, **settings}), clock=SystemClock(), random=Random())
+
+    def watched(self) -> int:
+        """How many watches were asked for."""
+        return sum(count for (verb, _), count in self.api.counted().items() if verb == "watch")
 
     def foreign(self, number: int, *, tcp: str = "192.0.2.1:4000/a/generate") -> EndpointRecord:
         """A worker that is none of ours, whose object is written without it."""
@@ -114,7 +118,7 @@ async def test_a_history_lost_again_and_again_is_not_answered_by_hurrying(cluste
         before = len(cluster.api.calls)
         for _ in range(40):
             cluster.api.expire_watches()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # for two seconds in all, twenty times a second
         assert len(cluster.api.calls) - before < 60
         another = cluster.foreign(2)
         await knows(watch, record, another)
@@ -163,12 +167,14 @@ async def test_retry_after_is_honoured(cluster: Cluster) -> None:
     async with cluster.join("worker-0") as worker, worker.watch(ENDPOINTS) as watch:
         assert await anext(watch) == []
         await eventually(lambda: cluster.api.watches.open == 2)
+        watches = cluster.watched()
         cluster.api.fail(429, times=2, retry_after=2, verbs=("watch",))
         cluster.api.close_watches()
         began = loop.time()
+        await eventually(lambda: cluster.watched() == watches + 2, what="both watches are refused")
         await eventually(lambda: not worker.status.connected)
         before = len(cluster.api.calls)
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.5)  # most of the time that was asked for
         assert len(cluster.api.calls) == before, "it was left alone"
         await eventually(lambda: cluster.api.watches.open == 2, within=10)
         assert 2.0 <= loop.time() - began < 6.0
@@ -219,13 +225,15 @@ async def test_bookmarks_keep_a_watch_and_its_version_alive(tmp_path: Path) -> N
         record = cluster.foreign(1)
         async with cluster.join(silence=0.5) as client, client.watch(ENDPOINTS) as watch:
             await knows(watch, record)
-            await asyncio.sleep(0.3)  # the watch that opening this one renewed is there
+            await eventually(lambda: cluster.watched() == 4, what="opening this one has renewed both watches")
             before = cluster.api.counted()
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(1.2)  # more than twice the silence that is borne
             assert cluster.api.counted()["watch", "dynamoworkermetadatas"] == before["watch", "dynamoworkermetadatas"]
             for number in range(5):  # changes of other kinds, then the history up to the last bookmark is forgotten
                 cluster.api.pods.add(f"idle-{number}")
-            await asyncio.sleep(0.3)
+            version = str(cluster.api.store.revision)
+            metadata: Any = client._metadata  # pyright: ignore[reportPrivateUsage]
+            await eventually(lambda: metadata._version == version, what="a bookmark has told of them")
             cluster.api.store.compact()
             cluster.api.close_watches()
             another = cluster.foreign(2)
@@ -240,7 +248,7 @@ async def test_the_time_limit_of_a_watch_is_no_fault(cluster: Cluster) -> None:
         await knows(watch, record)
         lists = cluster.api.counted()["list", "dynamoworkermetadatas"]
         for number in range(2, 5):
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(0.6)  # three times, so that the limit has passed at least once
             await knows(watch, *(endpoint_record(other) for other in range(1, number)), cluster.foreign(number))
             assert client.status.connected
         counted = cluster.api.counted()
@@ -309,7 +317,7 @@ async def test_a_server_that_comes_back_empty_gets_our_records_again(cluster: Cl
 
 async def test_what_changed_while_the_server_was_away_is_written_when_it_is_back(cluster: Cluster) -> None:
     loop = asyncio.get_running_loop()
-    async with cluster.join("worker-0", answer_timeout=3.0) as worker:
+    async with cluster.join("worker-0", answer_timeout=2.0) as worker:
         stays, goes = endpoint_record(worker.instance_id), endpoint_record(worker.instance_id, "demo.backend.goes")
         await worker.register(stays)
         await worker.register(goes)
@@ -344,7 +352,7 @@ async def test_an_apply_under_way_does_not_outlive_its_owner(cluster: Cluster) -
         await worker.aclose()
         with pytest.raises(Unavailable):
             await registering
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(0.6)  # the apply that nobody waits for is over, twice
     assert cluster.api.metadata("worker-0") is None
 
 
@@ -377,7 +385,10 @@ async def test_a_cancelled_closing_goes_on(cluster: Cluster) -> None:
 # -- others interfere
 
 
-async def test_our_deleted_object_is_written_again(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+async def test_our_deleted_object_is_written_again(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes_guard, "_INTERVAL", 2.0)
     async with cluster.join("worker-0") as worker, cluster.join() as client, client.watch(ENDPOINTS) as watch:
         mine = endpoint_record(worker.instance_id)
         await worker.register(mine)
@@ -387,7 +398,7 @@ async def test_our_deleted_object_is_written_again(cluster: Cluster, caplog: pyt
         await knows(watch, mine)
         assert "somebody has deleted DynamoWorkerMetadata worker-0" in caplog.text
         applies = cluster.api.counted()["patch", "dynamoworkermetadatas"]
-        for _ in range(5):  # somebody insists: we do not fight
+        for _ in range(5):  # somebody insists, a quarter of the interval long: we do not fight
             cluster.api.store.delete("dynamoworkermetadatas", "default", "worker-0")
             await asyncio.sleep(0.1)
         assert cluster.api.counted()["patch", "dynamoworkermetadatas"] <= applies + 1

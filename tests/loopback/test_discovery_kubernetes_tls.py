@@ -24,6 +24,8 @@ from stator.testing.kubernetes_api import KubernetesApi
 from stator.testing.plane_suite import eventually
 
 ENDPOINTS = Query(EndpointRecord.bucket)
+SOON = 0.3
+"""seconds; who gets no answer tries for twice as long, and is refused again and again meanwhile"""
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -119,14 +121,14 @@ async def test_a_server_of_another_authority_is_refused(tmp_path: Path) -> None:
         (pod.account / "ca.crt").write_text(Authority(tmp_path / "other").path.read_text())
         with pytest.raises(Unavailable, match=r"(?i)certificate.verify.failed"):
             async with asyncio.timeout(10):
-                await pod.open().__aenter__()
+                await pod.open(answer_timeout=SOON).__aenter__()
         assert pod.api.calls == [], "the token was sent to nobody"
 
 
 async def test_a_server_of_another_name_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
     async with opened(tmp_path, hosts=("kubernetes.default.svc",)) as pod:
         with pytest.raises(Unavailable, match=r"(?i)certificate"):
-            await pod.open().__aenter__()
+            await pod.open(answer_timeout=SOON).__aenter__()
         config = json.loads(pod.api.kubeconfig())
         config["clusters"][0]["cluster"]["tls-server-name"] = "kubernetes.default.svc"
         path = tmp_path / "config"
@@ -139,12 +141,12 @@ async def test_plain_text_and_tls_do_not_wait_for_each_other(tmp_path: Path) -> 
     async with opened(tmp_path) as pod, KubernetesApi() as plain:
         with pytest.raises(Unavailable):
             async with asyncio.timeout(10):
-                await pod.open(port=plain.port).__aenter__()
+                await pod.open(port=plain.port, answer_timeout=SOON).__aenter__()
         path = tmp_path / "config"
         path.write_text(pod.api.kubeconfig().replace("https://", "http://"))
         with pytest.raises((Unavailable, ConfigError)):
             async with asyncio.timeout(10):
-                await pod.open(kubeconfig=str(path)).__aenter__()
+                await pod.open(kubeconfig=str(path), answer_timeout=SOON).__aenter__()
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["in the kubeconfig", "in files"])
@@ -164,4 +166,4 @@ async def test_a_client_certificate_gets_in(tmp_path: Path, inline: bool) -> Non
         path.write_text(pod.api.kubeconfig(token="letmein"))
         with pytest.raises(Unavailable):
             async with asyncio.timeout(10):
-                await pod.open(kubeconfig=str(path)).__aenter__()
+                await pod.open(kubeconfig=str(path), answer_timeout=SOON).__aenter__()
