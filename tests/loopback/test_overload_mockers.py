@@ -36,7 +36,7 @@ SLOTS = 16
 PROMPT, ANSWER = (256, 768), (32, 96)
 """tokens, at random between these"""
 OPTIONS = MockerOptions(max_num_seqs=SLOTS)
-WARM_UP, MEASURED = 2.0, 10.0
+WARM_UP, MEASURED = 2.0, 5.0
 """seconds of virtual time"""
 
 
