@@ -1,16 +1,27 @@
 """Lines to one address: one dial for all who wait, a further line when the others are full."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import TypeVar
 
 import pytest
 
 from stator.errors import ConnectFailed, StatorError, Timeout, Unavailable
-from stator.tasks import Scope
-from stator.transports.line_pool import LinePool
+from stator.protocol.http2_map import HttpAddress
+from stator.tasks import DeadlineWheel, Scope
+from stator.testing.native_sockets import plane_host
+from stator.transports.http2 import Http2Config
+from stator.transports.http2.limits import session_limits
+from stator.transports.http2.line import Http2Pool, LineHost
+from stator.transports.http2.line import Line as Http2Line
+from stator.transports.line_pool import LinePool, PooledLine
+from stator.transports.tcp import TcpConfig
+from stator.transports.tcp.request_line import RequestLine, RequestPool
 
 pytestmark = pytest.mark.timeout(10)
+
+L = TypeVar("L", bound=PooledLine)
 
 
 class Line:
@@ -56,7 +67,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def waiting(pool: Pool, callers: int) -> list[asyncio.Task[Line]]:
+async def waiting(pool: LinePool[L], callers: int) -> list[asyncio.Task[L]]:
     tasks = [asyncio.create_task(pool.wait(number)) for number in range(1, callers + 1)]
     await settle()
     return tasks
@@ -203,19 +214,26 @@ async def test_the_end_of_its_scope_ends_every_wait(where: str) -> None:
     assert pool.emptied > 0
 
 
-async def between(pool: Pool, made: Callable[[asyncio.Future[Line]], None]) -> tuple[asyncio.Task[Line], asyncio.Task[Line]]:
+# -- between a dial and the news of it
+
+
+async def between(
+    pool: LinePool[L], dials: list[asyncio.Future[L]], made: L | Exception
+) -> tuple[asyncio.Task[L], asyncio.Task[L]]:
     """Two callers: the second comes when the dial of the first has ended and nobody was told yet."""
     (first,) = await waiting(pool, 1)
-    dial = pool.dials[0]
 
-    async def late() -> Line:
+    async def late() -> L:
         with suppress(ConnectionRefusedError):
-            await dial
+            await dials[0]
         return await pool.wait(2)
 
     second = asyncio.create_task(late())
     await asyncio.sleep(0)
-    made(dial)  # wakes the dial, and right behind it the second caller
+    if isinstance(made, Exception):  # wakes the dial, and right behind it the second caller
+        dials[0].set_exception(made)
+    else:
+        dials[0].set_result(made)
     return first, second
 
 
@@ -223,7 +241,7 @@ async def test_who_comes_between_a_dial_and_the_news_of_it_waits_for_room() -> N
     pool = Pool(limit=0.1)
     full = Line()
     full.usable = False
-    for caller in await between(pool, lambda dial: dial.set_result(full)):
+    for caller in await between(pool, pool.dials, full):
         with pytest.raises(Timeout):
             await caller
     assert len(pool.dials) == 1
@@ -232,7 +250,7 @@ async def test_who_comes_between_a_dial_and_the_news_of_it_waits_for_room() -> N
 
 async def test_who_comes_between_a_failed_dial_and_the_news_of_it_has_a_dial_of_its_own() -> None:
     pool = Pool()
-    first, second = await between(pool, lambda dial: dial.set_exception(ConnectionRefusedError("refused")))
+    first, second = await between(pool, pool.dials, ConnectionRefusedError("refused"))
     with pytest.raises(StatorError, match="refused"):
         await first
     await settle()
@@ -243,3 +261,45 @@ async def test_who_comes_between_a_failed_dial_and_the_news_of_it_has_a_dial_of_
     assert await second is line and await third is line
     assert len(pool.dials) == 2
     await pool.scope.aclose()
+
+
+async def test_who_comes_between_waits_on_the_compatible_plane_too() -> None:
+    dials: list[asyncio.Future[RequestLine]] = [asyncio.get_running_loop().create_future()]
+    wheel = DeadlineWheel(asyncio.get_running_loop())
+    config = TcpConfig(pool_size=1, connect_timeout=0.1)
+
+    class Dialling(RequestPool):
+        async def _connect(self) -> RequestLine:
+            return await dials[0]
+
+    async with Scope("dials") as scope:
+        pool = Dialling(
+            "127.0.0.1", 1, config=config, wheel=wheel, dials=scope, connects=asyncio.Semaphore(), empty=lambda _: None
+        )
+        line = RequestLine(config=config, wheel=wheel, freed=lambda: None, gone=lambda _: None)
+        assert not line.usable  # it has no connection
+        for caller in await between(pool, dials, line):
+            with pytest.raises(Timeout, match=r"no connection to 127.0.0.1:1 within 0.1 s"):
+                await caller
+    wheel.close()
+
+
+async def test_who_comes_between_waits_on_the_http2_plane_too() -> None:
+    dials: list[asyncio.Future[Http2Line]] = [asyncio.get_running_loop().create_future()]
+    wheel = DeadlineWheel(asyncio.get_running_loop())
+    config = Http2Config(pool_size=1, connect_timeout=0.1)
+
+    class Dialling(Http2Pool):
+        async def _connect(self) -> Http2Line:
+            return await dials[0]
+
+    async with Scope("dials") as scope:
+        limits = session_limits(config, worker=False)
+        shared = LineHost(config=config, limits=limits, host=plane_host(wheel=wheel), dials=scope)
+        pool = Dialling(HttpAddress("127.0.0.1", 1, False, ""), shared, empty=lambda _: None)
+        line = Http2Line(shared, freed=lambda: None, gone=lambda _: None)
+        assert not line.usable and not line.session.spent  # it has no connection
+        for caller in await between(pool, dials, line):
+            with pytest.raises(Timeout, match=r"no stream to 127.0.0.1:1 within 0.1 s"):
+                await caller
+    wheel.close()
