@@ -4,7 +4,7 @@ import asyncio
 
 from hpack import NeverIndexedHeaderTuple
 
-from stator.errors import ConfigError, ConnectFailed, Disconnected
+from stator.errors import ConnectFailed, Disconnected
 from stator.protocol.envelope import RequestEnvelope
 from stator.protocol.http2_map import (
     PUSH_TYPE,
@@ -18,18 +18,16 @@ from stator.protocol.http2_map import (
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.protocol.stream import Phase
 from stator.tasks import Scope
+from stator.transports.closing import closed
 from stator.transports.http2.call import StreamCall
 from stator.transports.http2.config import Http2Config
 from stator.transports.http2.limits import session_limits
 from stator.transports.http2.line import Http2Pool, Line, LineHost
 from stator.transports.http2.push_call import PushCall
 from stator.transports.inbox import Inbox
-from stator.transports.inputs import DuplexInbox
 from stator.transports.opening import while_wanted
 from stator.transports.plane import PlaneHost
-from stator.transports.tcp.address import is_local
 from stator.transports.tcp.call_home import CallHomeListener
-from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import request_headers
 from stator.transports.tcp.request_message import codec_of, request_parts
@@ -140,22 +138,15 @@ class Http2Client:
     ) -> None:
         """Send a request whose answer calls home. Raises `UsageError` when it is too large; nothing is expected then."""
         codec = codec_of(record, "json")
-        stream = home.expect(inbox, codec)
-        sender = home.expect_inputs(stream, codec) if envelope.streams_in else None
+        stream = home.expect(inbox, codec, inputs=envelope.streams_in)
         try:
             parts = request_parts(envelope, stream, codec)
         except BaseException:
-            home.forget(stream)
-            if sender is not None:
-                sender.close()
+            stream.withdraw()
             raise
         call = PushCall(stream, wheel=self._wheel, limit=self._config.request_timeout)
         line.session.open(call, self._fields(address, envelope, PUSH_TYPE.encode()))
-        inbox.link = stream
-        if sender is not None:
-            assert isinstance(inbox, DuplexInbox)
-            inbox.sender = sender
-        inbox.advance(Phase.ACCEPT)
+        stream.begin()
         call.push(b"".join(parts))
         call.finish()
         self._host.traffic.sent += sum(map(len, parts))
@@ -204,11 +195,5 @@ class Http2Client:
             if self._home is None:
                 self._home = await CallHomeListener.listen(self._host.load(TcpConfig), self._host)
                 self._home.traffic = self._host.traffic
-        if self._home.loopback and not is_local(host):
-            raise ConfigError(
-                f"the worker at {host} is on another host and cannot call home to {self._home.address};"
-                " set host (STATOR_HOST) or advertise_host (STATOR_ADVERTISE_HOST) to an address that the worker can reach",
-                instance=instance,
-                phase="connect",
-            )
+        self._home.check_reachable_from(host, instance)
         return self._home

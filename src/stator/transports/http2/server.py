@@ -1,18 +1,19 @@
 """The worker's side of the HTTP/2 plane: a listener that speaks HTTP/2 and, to older peers, HTTP/1.1."""
 
 import asyncio
-import contextlib
 import logging
 from typing import Self
 
 import msgspec
 
-from stator.errors import ConfigError, ConnectFailed, PeerProtocolError, StatorError
+from stator.errors import ConnectFailed, PeerProtocolError, StatorError
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_map import DRAINING, STREAM_TYPE, VERSION, Fields, field_values, target_of
 from stator.protocol.http2_session import Session
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
 from stator.security import ALERT, Alpn, Entrance
+from stator.transports.address import join_host_port
+from stator.transports.closing import close_all, closed
 from stator.transports.http2.answer import StreamAnswer
 from stator.transports.http2.config import Http2Config
 from stator.transports.http2.connection import Http2Connection
@@ -21,17 +22,12 @@ from stator.transports.http2.doorway import Doorway
 from stator.transports.http2.http1 import Http1Server
 from stator.transports.http2.limits import look_every, session_limits
 from stator.transports.http2.pushed import PlainAnswer, PushedRequest
+from stator.transports.listening import listen, own_place
 from stator.transports.plane import PlaneHost, RequestSink
-from stator.transports.tcp.address import is_loopback, is_wildcard, join_host_port, numeric_host
-from stator.transports.tcp.closing import closed
 
 __all__ = ["Http2Server"]
 
 logger = logging.getLogger(__name__)
-
-_BACKLOG = 1024
-_CLOSE_LIMIT = 1.0
-"""seconds in which clients must take what was answered before the plane closes"""
 
 _ALPN: Alpn = ("h2", "http/1.1")
 _PLAIN_ANSWER = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\nthis port speaks TLS and nothing else\n"
@@ -57,23 +53,11 @@ class Http2Server:
     @classmethod
     async def listen(cls, config: Http2Config, host: PlaneHost) -> Self:
         """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
-        bound = await numeric_host(config.host or host.bind_host)
-        if is_loopback(host.bind_host) and not is_loopback(bound):
-            raise ConfigError(
-                f"requests are taken on {bound}, which is reachable by others, while host = {host.bind_host} is not;"
-                " set host (STATOR_HOST) and leave http2.host empty, or make both loopback addresses"
-            )
-        given = config.host and not is_wildcard(bound)
-        advertised = bound if given else host.advertise_host
+        bound, advertised = await own_place(config.host, host, what="requests are taken", setting="http2.host")
         if host.tls is not None:
             await asyncio.to_thread(host.tls.server_context, _ALPN)  # reads the files; raises without a certificate
         server = cls(config, host)
-        try:
-            listener = await host.wheel.loop.create_server(
-                lambda: server._entrance(server._accept()), bound, config.port, backlog=_BACKLOG
-            )
-        except OSError as error:
-            raise ConnectFailed(f"cannot listen on {bound}:{config.port}: {error}") from error
+        listener = await listen(lambda: server._entrance(server._accept()), bound, config.port)
         server._listener = listener
         scheme = "http" if host.tls is None else "https"
         server._url = f"{scheme}://{join_host_port(advertised, listener.sockets[0].getsockname()[1])}"
@@ -129,22 +113,10 @@ class Http2Server:
         self._entrance.close()
         for doorway in tuple(self._doorways):
             doorway.abort()
-        await self._close_connections(ConnectFailed("the worker closed its plane"))
+        await close_all(self._sessions, ConnectFailed("the worker closed its plane"), empty=self._empty)
         await self._http1.aclose()
         await self._desk.reception.aclose()
         await closed(listener, lambda: self.connections)
-
-    async def _close_connections(self, reason: StatorError) -> None:
-        """Let what was answered leave, bounded; then cut."""
-        self._empty.clear()
-        for connection in tuple(self._sessions):
-            connection.close(reason)
-        if self._sessions:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_LIMIT):
-                    await self._empty.wait()
-        for connection in tuple(self._sessions):
-            connection.abort(reason)
 
     # -- connections
 

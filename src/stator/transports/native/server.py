@@ -20,7 +20,10 @@ from stator.protocol.native.server import ServerSession
 from stator.protocol.native.session import Session
 from stator.protocol.records import EndpointRecord, NativeAddress
 from stator.security import Entrance
+from stator.transports.address import join_host_port
+from stator.transports.closing import close_all, closed
 from stator.transports.inputs import InputStream
+from stator.transports.listening import BACKLOG
 from stator.transports.native.config import NativeConfig
 from stator.transports.native.connection import Connection
 from stator.transports.native.greeting import count_refusal, greeting
@@ -33,11 +36,7 @@ __all__ = ["NativeServer"]
 logger = logging.getLogger(__name__)
 
 _LONGEST_PATH = 100
-_BACKLOG = 1024
 _PLAINTEXT = frame(GOAWAY, payload=Goaway(code=NotTrusted.code, reason="this worker speaks nothing but TLS").encode())
-
-_CLOSE_LIMIT = 1.0
-"""seconds in which clients must take what was answered before the plane closes"""
 
 
 class NativeServer:
@@ -76,9 +75,9 @@ class NativeServer:
         loop = self._wheel.loop
         config, host = self._config, self._host
         self._entrance = entrance = Entrance(tls=host.tls, refusals=host.refusals, plain_answer=_PLAINTEXT)
-        tcp = await loop.create_server(lambda: entrance(self._accept()), host.bind_host, config.port, backlog=_BACKLOG)
+        tcp = await loop.create_server(lambda: entrance(self._accept()), host.bind_host, config.port, backlog=BACKLOG)
         self._servers.append(tcp)
-        self._address = _join(host.advertise_host, tcp.sockets[0].getsockname()[1])
+        self._address = join_host_port(host.advertise_host, tcp.sockets[0].getsockname()[1])
         if config.pulse:
             self._pulse = Pulse(host.bind_host, host.process, host.clock)
             self._pulse.start(loop)
@@ -94,7 +93,7 @@ class NativeServer:
         if mode.st_uid != os.getuid() or stat.S_IMODE(mode.st_mode) & 0o077:
             logger.warning("no Unix socket: its directory must belong to this user with mode 0700")
             return
-        self._servers.append(await self._wheel.loop.create_unix_server(self._accept, path, backlog=_BACKLOG))
+        self._servers.append(await self._wheel.loop.create_unix_server(self._accept, path, backlog=BACKLOG))
         self._path = path
 
     @property
@@ -116,7 +115,7 @@ class NativeServer:
         self._sinks.pop(path, None)
 
     def describe(self, record: EndpointRecord, path: str) -> EndpointRecord:
-        pulse = _join(self._host.advertise_host, self._pulse.port) if self._pulse is not None else ""
+        pulse = join_host_port(self._host.advertise_host, self._pulse.port) if self._pulse is not None else ""
         native = NativeAddress(plane=VERSION, address=self._address, process=self._host.process, pulse=pulse, path=self._path)
         return msgspec.structs.replace(record, stator=native)
 
@@ -134,25 +133,13 @@ class NativeServer:
             path, self._path = self._path, ""
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(os.unlink, path)
-        await self._close_connections(ConnectFailed("the worker closed its plane"))
+        await close_all(self._sessions, ConnectFailed("the worker closed its plane"), empty=self._empty)
         for server in self._servers:
-            await _closed(server)
+            await closed(server, lambda: len(self._sessions))
         self._servers.clear()
         if self._pulse is not None:
             pulse, self._pulse = self._pulse, None
             await pulse.aclose()
-
-    async def _close_connections(self, reason: StatorError) -> None:
-        """Let what was answered leave, bounded; then cut."""
-        self._empty.clear()
-        for connection in tuple(self._sessions):
-            connection.close(reason)
-        if self._sessions:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_LIMIT):
-                    await self._empty.wait()
-        for connection in tuple(self._sessions):
-            connection.abort(reason)
 
     # -- connections
 
@@ -222,14 +209,3 @@ class _Full(asyncio.Protocol):
         writer = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
         writer.write(frame(GOAWAY, payload=Goaway(code=Overloaded.code, reason=reason).encode()))
         writer.close()
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-async def _closed(server: asyncio.Server) -> None:
-    """Wait for the listener (bounded: on Python ≥ 3.12 this waits for its connections too, which are being closed)."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(2.0):
-            await server.wait_closed()

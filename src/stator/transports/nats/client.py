@@ -12,18 +12,16 @@ from stator.clock import Clock
 from stator.errors import ConnectFailed, Disconnected, Overloaded, StatorError, Timeout, UsageError
 from stator.protocol.envelope import Codec, RequestEnvelope
 from stator.protocol.records import EndpointRecord
-from stator.protocol.stream import Phase
 from stator.tasks import DeadlineWheel
 from stator.tasks.wheel import Timed
+from stator.transports.address import is_local
 from stator.transports.inbox import Inbox
-from stator.transports.inputs import DuplexInbox
 from stator.transports.nats.config import NatsConfig
 from stator.transports.nats.connection import NatsConnection
 from stator.transports.nats.wire import Message, encode_headers, is_subject, nobody_there
 from stator.transports.opening import while_wanted
 from stator.transports.plane import InstanceObserver, PlaneHost, Traffic
 from stator.transports.tcp import TcpConfig
-from stator.transports.tcp.address import is_local
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
 from stator.transports.tcp.headers import request_headers
 from stator.transports.tcp.request_message import codec_of, request_parts
@@ -158,20 +156,13 @@ class NatsClient:
             raise Overloaded(f"{len(self._unanswered)} requests wait for their acknowledgement over NATS", instance=instance)
         # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
         codec = codec_of(record, self._codec)
-        stream = self._listener.expect(inbox, codec)
-        sender = self._listener.expect_inputs(stream, codec) if envelope.streams_in else None
+        stream = self._listener.expect(inbox, codec, inputs=envelope.streams_in)
         try:
             headers, body = self._message(envelope, stream, codec)
         except BaseException:
-            self._listener.forget(stream)
-            if sender is not None:
-                sender.close()
+            stream.withdraw()
             raise
-        inbox.link = stream
-        if sender is not None:
-            assert isinstance(inbox, DuplexInbox)
-            inbox.sender = sender
-        inbox.advance(Phase.ACCEPT)
+        stream.begin()
         self._traffic.sent += len(headers) + len(body)
         self._send(stream, subject, headers, body)
 

@@ -7,7 +7,7 @@ import socket
 import struct
 from typing import cast
 
-from stator.errors import ConfigError, ConnectFailed, Disconnected, PeerProtocolError, StatorError
+from stator.errors import ConfigError, Disconnected, PeerProtocolError, StatorError
 from stator.protocol.call_home import HandshakeReader
 from stator.protocol.envelope import Codec
 from stator.protocol.request_frame import acknowledgement_error
@@ -16,10 +16,12 @@ from stator.protocol.stream import Phase
 from stator.security import ALERT, Entrance, Refusals, is_tls
 from stator.tasks import DeadlineWheel
 from stator.tasks.wheel import Timed
+from stator.transports.address import is_local, is_loopback, join_host_port, numeric_host
+from stator.transports.closing import closed
 from stator.transports.inbox import Inbox
+from stator.transports.inputs import DuplexInbox
+from stator.transports.listening import listen, own_place
 from stator.transports.plane import PlaneHost, Traffic
-from stator.transports.tcp.address import is_loopback, is_wildcard, join_host_port, numeric_host
-from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.input_sender import CompatibleInputSender
 
@@ -27,7 +29,6 @@ __all__ = ["CallHomeListener", "ExpectedStream"]
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 1024
 _AFTER_ERROR = 1.0
 """seconds for final frame and sentinel after an error item, which has ended the stream already"""
 
@@ -58,6 +59,23 @@ class ExpectedStream:
     @property
     def instance(self) -> int:
         return self._inbox.instance
+
+    # -- from the client
+
+    def begin(self) -> None:
+        """The request leaves now: its inbox is linked to it and waits for its acceptance."""
+        inbox = self._inbox
+        inbox.link = self
+        if self.inputs is not None:
+            assert isinstance(inbox, DuplexInbox)
+            inbox.sender = self.inputs
+        inbox.advance(Phase.ACCEPT)
+
+    def withdraw(self) -> None:
+        """The request cannot be sent: nobody is expected."""
+        self.home.forget(self)
+        if self.inputs is not None:
+            self.inputs.close()
 
     # -- from the request connection
 
@@ -281,24 +299,15 @@ class CallHomeListener:
     @classmethod
     async def listen(cls, config: TcpConfig, host: PlaneHost) -> "CallHomeListener":
         """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
-        bound = await numeric_host(config.call_home_host or host.bind_host)
-        if is_loopback(host.bind_host) and not is_loopback(bound):
-            raise ConfigError(
-                f"answers are awaited on {bound}, which is reachable by others, while host = {host.bind_host} is not;"
-                " set host (STATOR_HOST) and leave tcp.call_home_host empty, or make both loopback addresses"
-            )
-        given = config.call_home_host and not is_wildcard(bound)
+        own = config.call_home_host
+        bound, advertised = await own_place(own, host, what="answers are awaited", setting="tcp.call_home_host")
         entrance = Entrance(tls=host.tls, refusals=host.refusals)
         listener = cls(config=config, wheel=host.wheel, refusals=host.refusals, entrance=entrance)
-        advertised = bound if given else await numeric_host(host.advertise_host)
+        advertised = await numeric_host(advertised)
         listener.loopback = is_loopback(advertised)
-        port = config.call_home_port
-        try:
-            server = await host.wheel.loop.create_server(
-                lambda: entrance(CallHomeConnection(listener)), bound, port, backlog=_BACKLOG
-            )
-        except OSError as error:
-            raise ConnectFailed(f"cannot wait for answers on {bound}:{port}: {error}") from error
+        server = await listen(
+            lambda: entrance(CallHomeConnection(listener)), bound, config.call_home_port, purpose="wait for answers"
+        )
         server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)  # accepted sockets inherit it
         listener._server = server
         listener.address = join_host_port(advertised, server.sockets[0].getsockname()[1])
@@ -318,20 +327,32 @@ class CallHomeListener:
             self._subjects = [entropy[start : start + 32] for start in range(0, len(entropy), 32)]
         return self._subjects.pop()
 
-    def expect(self, inbox: Inbox, codec: Codec) -> ExpectedStream:
-        """Register a subject for a request that is about to be sent."""
+    def check_reachable_from(self, host: str, instance: int) -> None:
+        """A worker elsewhere cannot call a loopback address: say so now instead of waiting for it. Raises `ConfigError`."""
+        if self.loopback and not is_local(host):
+            raise ConfigError(
+                f"the worker at {host} is on another host and cannot call home to {self.address};"
+                " set host (STATOR_HOST) or advertise_host (STATOR_ADVERTISE_HOST) to an address that the worker can reach",
+                instance=instance,
+                phase="connect",
+            )
+
+    def expect(self, inbox: Inbox, codec: Codec, *, inputs: bool) -> ExpectedStream:
+        """Register a subject for a request that is about to be sent, and one for its `inputs` if it is bidirectional. What follows is
+        `begin` or `withdraw`.
+        """
         stream = ExpectedStream(self, inbox, codec, self._config.max_item_size)
         self._expected[stream.subject] = stream
+        if inputs:
+            self._expect_inputs(stream, codec)
         return stream
 
-    def expect_inputs(self, stream: ExpectedStream, codec: Codec) -> CompatibleInputSender:
-        """Register a subject for the inputs of a bidirectional request, besides that of its answer."""
+    def _expect_inputs(self, stream: ExpectedStream, codec: Codec) -> None:
         subject = self.new_subject()
         sender = CompatibleInputSender(
             subject=subject, codec=codec, loop=self._wheel.loop, forget=lambda: self._inputs.pop(subject, None)
         )
         self._inputs[subject] = stream.inputs = sender
-        return sender
 
     def forget(self, stream: ExpectedStream) -> None:
         """The request will not be answered: whoever calls home with its subject is turned away."""

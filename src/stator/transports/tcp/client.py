@@ -2,19 +2,17 @@
 
 import asyncio
 
-from stator.errors import ConfigError, ConnectFailed, Disconnected, StatorError
+from stator.errors import ConnectFailed, Disconnected, StatorError
 from stator.protocol.envelope import Codec, RequestEnvelope
 from stator.protocol.records import EndpointRecord
 from stator.protocol.request_frame import encode_request_frame
-from stator.protocol.stream import Phase
 from stator.tasks import Scope
+from stator.transports.closing import closed
 from stator.transports.inbox import Inbox
-from stator.transports.inputs import DuplexInbox
 from stator.transports.opening import while_wanted
 from stator.transports.plane import PlaneHost
-from stator.transports.tcp.address import InstanceAddress, is_local
+from stator.transports.tcp.address import InstanceAddress
 from stator.transports.tcp.call_home import CallHomeListener, ExpectedStream
-from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import request_headers
 from stator.transports.tcp.request_line import RequestPool
@@ -65,7 +63,7 @@ class CompatibleClient:
     async def open(self, record: EndpointRecord, envelope: RequestEnvelope, inbox: Inbox) -> None:
         instance = record.instance_id
         address = InstanceAddress.parse(record.transport.tcp or "", instance=instance)
-        self._check_reachable(address.host, instance)
+        self._listener.check_reachable_from(address.host, instance)
         pool = self._pool(address)
         line = pool.line()
         if line is None:
@@ -79,20 +77,13 @@ class CompatibleClient:
             return
         # From here to the end nothing waits: the subject is registered and the request is sent, or neither.
         codec = codec_of(record, self._config.codec)
-        stream = self._listener.expect(inbox, codec)
-        sender = self._listener.expect_inputs(stream, codec) if envelope.streams_in else None
+        stream = self._listener.expect(inbox, codec, inputs=envelope.streams_in)
         try:
             frame = self._frame(address.path, envelope, stream, codec)
         except BaseException:
-            self._listener.forget(stream)
-            if sender is not None:
-                sender.close()
+            stream.withdraw()
             raise
-        inbox.link = stream
-        if sender is not None:
-            assert isinstance(inbox, DuplexInbox)
-            inbox.sender = sender
-        inbox.advance(Phase.ACCEPT)
+        stream.begin()
         self._traffic.sent += len(frame)
         line.send(frame, stream)
 
@@ -147,13 +138,3 @@ class CompatibleClient:
         """The last connection of a pool ended."""
         if self._pools.get((pool.host, pool.port)) is pool:
             del self._pools[pool.host, pool.port]
-
-    def _check_reachable(self, host: str, instance: int) -> None:
-        """A worker elsewhere cannot call a loopback address: say so now instead of waiting for it."""
-        if self._listener.loopback and not is_local(host):
-            raise ConfigError(
-                f"the worker at {host} is on another host and cannot call home to {self._listener.address};"
-                " set host (STATOR_HOST) or advertise_host (STATOR_ADVERTISE_HOST) to an address that the worker can reach",
-                instance=instance,
-                phase="connect",
-            )

@@ -3,7 +3,7 @@
 from typing import Annotated, ClassVar, Literal
 
 from stator.config import Config, Setting
-from stator.transports.tcp.address import interface_address
+from stator.transports.address import interface_address
 
 __all__ = ["TcpConfig"]
 

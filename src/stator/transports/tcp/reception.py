@@ -29,10 +29,10 @@ from stator.protocol.two_part import decode_message
 from stator.protocol.values import decode_value
 from stator.security import Refusals, Tls
 from stator.tasks import DeadlineWheel, Scope
+from stator.transports.closing import closed
 from stator.transports.inputs import InputStream
 from stator.transports.plane import Malformed, RequestSink
 from stator.transports.tcp.answer import Answer
-from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.headers import TRACE_HEADERS, read_deadline, read_sent_ns
 from stator.transports.tcp.home_caller import HomeCaller

@@ -4,19 +4,17 @@ import asyncio
 
 import msgspec
 
-from stator.errors import ConnectFailed
 from stator.protocol.records import EndpointRecord, Transport
 from stator.security import Entrance
+from stator.transports.address import join_host_port, numeric_host
+from stator.transports.closing import closed
+from stator.transports.listening import listen
 from stator.transports.plane import PlaneHost, RequestSink
-from stator.transports.tcp.address import join_host_port, numeric_host
-from stator.transports.tcp.closing import closed
 from stator.transports.tcp.config import TcpConfig
 from stator.transports.tcp.reception import Reception
 from stator.transports.tcp.request_listener import RequestConnection
 
 __all__ = ["CompatibleServer"]
-
-_BACKLOG = 1024
 
 
 class CompatibleServer:
@@ -40,12 +38,7 @@ class CompatibleServer:
         """Open the listener. Raises `ConnectFailed` for an address that cannot be bound; nothing is left open then."""
         bound, advertised = await numeric_host(host.bind_host), await numeric_host(host.advertise_host)
         server = cls(config=config, host=host)
-        try:
-            listener = await host.wheel.loop.create_server(
-                lambda: server._entrance(server._accept()), bound, config.port, backlog=_BACKLOG
-            )
-        except OSError as error:
-            raise ConnectFailed(f"cannot listen on {bound}:{config.port}: {error}") from error
+        listener = await listen(lambda: server._entrance(server._accept()), bound, config.port)
         server._listener = listener
         server._address = join_host_port(advertised, listener.sockets[0].getsockname()[1])
         return server
