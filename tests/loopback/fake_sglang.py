@@ -1,27 +1,20 @@
 """A stand-in for SGLang with the names and signatures of its public interface (0.5.23): what our adapter touches, and no more.
 
-Token n of an answer is (sum of the prompt + n) % 500 + 5. A step takes a millisecond. `install` puts it into `sys.modules`.
+Tokens are those of `fake_foreign`. A step takes a millisecond. `install` puts it into `sys.modules`.
 """
 
 import asyncio
 import dataclasses
 import json
-import struct
-import sys
-import time
 from collections.abc import AsyncIterator
 from http import HTTPStatus
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
-import zmq
 
-from loopback.fake_vllm import load_for
+from loopback.fake_foreign import EOS, STEP, PrefixCache, install_modules, load_for, next_token
 
-STEP = 0.001
-EOS = 250
 CAPACITY = 16_000
 """tokens of one rank's cache"""
 
@@ -89,9 +82,7 @@ class TokenizerManager:
         self.aborted: list[str] = []
         self.event_loop: asyncio.AbstractEventLoop | None = None
         self.handle: asyncio.Task[None] | None = None
-        self.cached: set[tuple[int, ...]] = set()
-        self.publishers = [_publisher(args, rank) for rank in range(args.dp_size)]
-        self.sequences = [0] * args.dp_size
+        self.caches = [self._cache(rank) for rank in range(args.dp_size)]
         self.broken_loads = False
 
     @property
@@ -183,30 +174,15 @@ class TokenizerManager:
             for request in self.waiting[: (self.server_args.max_running_requests or 4) - len(self.running)]:
                 self.waiting.remove(request)
                 self.running.append(request)
-                self._prefill(request)
+                _, request.hit = self.caches[request.rank].look_up(request.ids)
             for request in tuple(self.running):
                 self._decode(request)
 
-    def _prefill(self, request: Request) -> None:
-        size, parent = self.page_size, None
-        for start in range(0, len(request.ids) - size + 1, size):
-            prefix = (request.rank, *request.ids[: start + size])
-            name = hash(prefix[1:])
-            if prefix in self.cached:
-                request.hit += size
-            else:
-                self.cached.add(prefix)
-                event = {
-                    "type": "BlockStored",
-                    "block_hashes": [name],
-                    "parent_block_hash": parent,
-                    "token_ids": request.ids[start : start + size],
-                    "block_size": size,
-                    "lora_id": None,
-                    "medium": "GPU",
-                }
-                self._publish(request.rank, event)
-            parent = name
+    def _cache(self, rank: int) -> PrefixCache:
+        told = self.server_args.kv_events_config
+        config = None if told is None else json.loads(told)
+        assert config is None or config["publisher"] == "zmq"
+        return PrefixCache(rank, block_size=self.page_size, endpoint=config and config["endpoint"])
 
     def _decode(self, request: Request) -> None:
         if request.ids[0] == 498:
@@ -214,7 +190,7 @@ class TokenizerManager:
             self._finish(request, {"type": "abort", "message": "this prompt", "status_code": code[request.ids[1]]})
             return
         params = request.params
-        token = (sum(request.ids) + len(request.output_ids)) % 500 + 5
+        token = next_token(request.ids, len(request.output_ids))
         request.output_ids.append(token)
         if request.logprobs is not None:
             request.token_logprobs.append((-1.0, token, None))
@@ -255,25 +231,6 @@ class TokenizerManager:
             chunk["text"] = "…"
         request.chunks.append(chunk)
         request.event.set()
-
-    def _publish(self, rank: int, *events: Any) -> None:
-        publisher = self.publishers[rank]
-        if publisher is not None:
-            batch = msgspec.msgpack.encode([time.time(), list(events), rank])
-            publisher.send_multipart([b"", struct.pack(">q", self.sequences[rank]), batch])
-            self.sequences[rank] += 1
-
-
-def _publisher(args: ServerArgs, rank: int) -> Any:
-    if args.kv_events_config is None:
-        return None
-    config = json.loads(args.kv_events_config)
-    assert config["publisher"] == "zmq"
-    address, _, port = config["endpoint"].rpartition(":")
-    socket = zmq.Context().socket(zmq.PUB)
-    assert "*" not in address, "binds all interfaces"
-    socket.connect(f"{address}:{int(port) + rank}")
-    return socket
 
 
 class Engine:
@@ -316,9 +273,8 @@ class Engine:
 
     def shutdown(self) -> None:
         self.is_shut_down = True
-        for publisher in self.tokenizer_manager.publishers:
-            if publisher is not None:
-                publisher.context.destroy(linger=0)
+        for cache in self.tokenizer_manager.caches:
+            cache.close()
 
 
 class OldEngine(Engine):
@@ -340,7 +296,7 @@ class OldEngine(Engine):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, old: bool = False) -> None:
-    """Put the stand-in where imports find it, and have our side of the border imported afresh."""
+    """Put the stand-in where imports find it."""
     contents: dict[str, dict[str, Any]] = {
         "sglang": {},
         "sglang.srt": {},
@@ -348,13 +304,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, old: bool = False) -> None:
         "sglang.srt.entrypoints.engine": {"Engine": OldEngine if old else Engine},
         "sglang.srt.server_args": {"ServerArgs": old_arguments() if old else ServerArgs},
     }
-    for name, attributes in contents.items():
-        module = ModuleType(name)
-        module.__path__ = []  # type: ignore[attr-defined]  # a package
-        for attribute, value in attributes.items():
-            setattr(module, attribute, value)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "stator.engines.sglang_library", raising=False)
+    install_modules(monkeypatch, contents)
 
 
 def old_arguments() -> Any:

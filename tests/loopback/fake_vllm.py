@@ -1,28 +1,23 @@
 """A stand-in for vLLM with the names and signatures of its public V1 interface (0.33): what our adapter touches, and no more.
 
-Token n of an answer is (sum of the prompt + n) % 500 + 5. A step takes a millisecond. `install` puts it into `sys.modules`.
+Tokens are those of `fake_foreign`. A step takes a millisecond. `install` puts it into `sys.modules`.
 """
 
 import asyncio
 import dataclasses
 import enum
-import struct
-import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import msgspec
 import pytest
-import zmq
+
+from loopback.fake_foreign import EOS, STEP, PrefixCache, install_modules, load_for, next_token
 
 BLOCK = 16
-STEP = 0.001
-EOS = 250
-"""the tokenizer's own end of sequence"""
 
 
 # -- vllm.exceptions, vllm.v1.engine.exceptions
@@ -240,13 +235,8 @@ class Request:
     def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, rank: int) -> None:
         self.id, self.prompt, self.params, self.rank = request_id, prompt, params, rank
         self.generated: list[int] = []
+        self.hit: int | None = None
         self.collector = Collector()
-
-
-def load_for(milliseconds: int) -> None:
-    """Loading blocks; by other means than those the tests forbid."""
-    with zmq.Context() as context, context.socket(zmq.PULL) as socket:
-        socket.poll(milliseconds)
 
 
 class AsyncLLM:
@@ -269,10 +259,8 @@ class AsyncLLM:
         self.aborted: list[str] = []
         self.error: Exception | None = None
         self.is_shut_down = False
-        self.cached: set[tuple[int, ...]] = set()
         self.looked_up = self.found = 0
-        self.publishers = [self._publisher(rank) for rank in ranks]
-        self.sequences = [0 for _ in ranks]
+        self.caches = [self._cache(rank) for rank in ranks]
         self.output_handler = asyncio.create_task(self._run())
 
     @classmethod
@@ -364,9 +352,8 @@ class AsyncLLM:
     def shutdown(self, timeout: float | None = None) -> None:
         self.is_shut_down = True
         self.output_handler.cancel()
-        for publisher in self.publishers:
-            if publisher is not None:
-                publisher.context.destroy(linger=0)
+        for cache in self.caches:
+            cache.close()
 
     # -- the engine core
 
@@ -393,30 +380,9 @@ class AsyncLLM:
             self._record()
 
     def _prefill(self, request: Request) -> None:
-        ids = request.prompt
-        request.hit = 0  # type: ignore[attr-defined]
-        parent = None
-        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-            prefix = (request.rank, *ids[: start + BLOCK])
-            name = hash(prefix[1:])
-            self.looked_up += BLOCK
-            if prefix in self.cached:
-                request.hit += BLOCK  # type: ignore[attr-defined]
-                self.found += BLOCK
-            else:
-                self.cached.add(prefix)
-                event = {
-                    "type": "BlockStored",
-                    "block_hashes": [name],
-                    "parent_block_hash": parent,
-                    "token_ids": ids[start : start + BLOCK],
-                    "block_size": BLOCK,
-                    "lora_id": None,
-                    "medium": "GPU",
-                    "lora_name": None,
-                }
-                self._publish(request.rank, event)
-            parent = name
+        looked_up, request.hit = self.caches[request.rank].look_up(request.prompt)
+        self.looked_up += looked_up
+        self.found += request.hit
 
     def _decode(self, request: Request) -> None:
         params = request.params
@@ -425,7 +391,7 @@ class AsyncLLM:
             self.requests.remove(request)
             request.collector.put(raise_to)
             return
-        token = (sum(request.prompt) + len(request.generated)) % 500 + 5
+        token = next_token(request.prompt, len(request.generated))
         request.generated.append(token)
         reason: str | None = None
         stop: int | None = None
@@ -452,7 +418,7 @@ class AsyncLLM:
                 for token in ids
             ]
         completion = CompletionOutput(0, "", ids, None, logprobs, reason, stop)
-        return RequestOutput(request.id, request.prompt, [completion], reason is not None, getattr(request, "hit", None))
+        return RequestOutput(request.id, request.prompt, [completion], reason is not None, request.hit)
 
     def _record(self) -> None:
         for rank, loggers in enumerate(self.loggers):
@@ -467,27 +433,16 @@ class AsyncLLM:
                 logger.record(scheduler_stats=stats, iteration_stats=None, mm_cache_stats=None, engine_idx=rank)
         self.looked_up = self.found = 0
 
-    def _publisher(self, rank: int) -> Any:
+    def _cache(self, rank: int) -> PrefixCache:
         config = self.arguments.kv_events_config
         if config is None or not config.enable_kv_cache_events:
-            return None
+            return PrefixCache(rank, block_size=BLOCK, endpoint=None)
         assert config.publisher == "zmq"
-        address, _, port = config.endpoint.rpartition(":")
-        socket = zmq.Context().socket(zmq.PUB)
-        assert "*" not in address, "binds all interfaces"
-        socket.connect(f"{address}:{int(port) + rank}")
-        return socket
-
-    def _publish(self, rank: int, *events: Any) -> None:
-        publisher = self.publishers[rank]
-        if publisher is not None:
-            batch = msgspec.msgpack.encode([time.time(), list(events), rank])
-            publisher.send_multipart([b"", struct.pack(">q", self.sequences[rank]), batch])
-            self.sequences[rank] += 1
+        return PrefixCache(rank, block_size=BLOCK, endpoint=config.endpoint, more={"lora_name": None})
 
 
-def install(monkeypatch: pytest.MonkeyPatch, **without: Callable[..., Any] | None) -> None:
-    """Put the stand-in where imports find it, and have our side of the border imported afresh."""
+def install(monkeypatch: pytest.MonkeyPatch, **without: None) -> None:
+    """Put the stand-in where imports find it, but for the names in `without`."""
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.config": {"KVEventsConfig": KVEventsConfig},
@@ -506,11 +461,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **without: Callable[..., Any] | Non
         "vllm.v1.metrics": {},
         "vllm.v1.metrics.loggers": {"StatLoggerBase": StatLoggerBase},
     }
-    for name, attributes in contents.items():
-        module = ModuleType(name)
-        module.__path__ = []  # type: ignore[attr-defined]  # a package
-        for attribute, value in (attributes | without).items():
-            if attribute in attributes and value is not None:
-                setattr(module, attribute, value)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "stator.engines.vllm_library", raising=False)
+    install_modules(
+        monkeypatch,
+        {module: {name: value for name, value in names.items() if name not in without} for module, names in contents.items()},
+    )

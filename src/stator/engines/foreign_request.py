@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stator.errors import EngineError
+from stator.engines.unsupported import refuse
 from stator.llm.request import PreprocessedRequest
 
 __all__ = ["chosen_fields", "ending_ids", "refuse_unsupported"]
@@ -11,18 +11,7 @@ __all__ = ["chosen_fields", "ending_ids", "refuse_unsupported"]
 
 def refuse_unsupported(request: PreprocessedRequest) -> None:
     """Raises `EngineError` of kind `InvalidArgument` naming what the adapters do not pass on."""
-    sampling = request.sampling_options
-    asked = {
-        "beam search": sampling.use_beam_search,
-        "best_of": (sampling.best_of or 1) > 1,
-        "more than one choice per call": (sampling.n or 1) > 1,
-        "prompt log probabilities": request.output_options.prompt_logprobs is not None,
-        "prompt embeddings": request.prompt_embeds,
-        "multimodal input": request.multi_modal_data,
-        "LoRA adapters": request.routing and request.routing.lora_name,
-    }
-    if refused := [name for name, wanted in asked.items() if wanted]:
-        raise EngineError(f"this engine does not support {', '.join(refused)}", kind="InvalidArgument")
+    refuse(request, {"LoRA adapters": request.routing and request.routing.lora_name})
 
 
 def ending_ids(request: PreprocessedRequest) -> tuple[frozenset[int], frozenset[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from stator.engines.sequence import Sampling, Sequence
+from stator.engines.unsupported import refuse
 from stator.errors import EngineError
 from stator.llm.request import PreprocessedRequest, SamplingOptions
 
@@ -33,7 +34,7 @@ def sequence_for(request: PreprocessedRequest, limits: ModelLimits, *, random_se
 
     Raises `EngineError` of kind `InvalidArgument` naming what cannot be done. `random_seed` is used if the request has none.
     """
-    _refuse_unsupported(request)
+    refuse(request, {"guided decoding": request.sampling_options.guided_decoding is not None})
     prompt, stop = request.token_ids, request.stop_conditions
     _check_prompt(prompt, limits)
     left = limits.context_length - len(prompt)
@@ -47,21 +48,6 @@ def sequence_for(request: PreprocessedRequest, limits: ModelLimits, *, random_se
         eos_ids=hidden - eos if stop.ignore_eos else hidden | eos,
         stop_ids=frozenset(stop.stop_token_ids or ()) | frozenset(stop.stop_token_ids_visible or ()),
     )
-
-
-def _refuse_unsupported(request: PreprocessedRequest) -> None:
-    sampling = request.sampling_options
-    asked = {
-        "guided decoding": sampling.guided_decoding is not None,
-        "beam search": sampling.use_beam_search,
-        "best_of": (sampling.best_of or 1) > 1,
-        "more than one choice per call": (sampling.n or 1) > 1,
-        "prompt log probabilities": request.output_options.prompt_logprobs is not None,
-        "prompt embeddings": request.prompt_embeds,
-        "multimodal input": request.multi_modal_data,
-    }
-    if refused := [name for name, wanted in asked.items() if wanted]:
-        raise _invalid(f"this engine does not support {', '.join(refused)}")
 
 
 def _check_prompt(prompt: list[int], limits: ModelLimits) -> None:
