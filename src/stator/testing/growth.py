@@ -22,13 +22,13 @@ _USUAL_TRIM_THRESHOLD, _USUAL_MMAP_MAX = 128 * 1024, 65_536
 class Growth:
     """The fastest time of a small and of a large piece of work.
 
-        growth = Growth()
-        for _ in growth.rounds(5):
-            with growth.small():
-                work(10)
-            with growth.large():
-                work(30)
-        assert growth.ratio <= LINEAR, growth
+    growth = Growth()
+    for _ in growth.rounds(5):
+        with growth.small():
+            work(10)
+        with growth.large():
+            work(30)
+    assert growth.ratio <= LINEAR, growth
     """
 
     def __init__(self) -> None:
