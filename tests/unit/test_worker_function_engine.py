@@ -176,9 +176,12 @@ async def test_a_stopped_request_ends_the_functions_wait() -> None:
 
 
 async def test_a_function_that_swallows_the_end_of_its_wait_ends_all_the_same() -> None:
+    asked = asyncio.Event()
+
     async def function(request: PreprocessedRequest) -> AsyncIterator[str]:
         while True:
             try:
+                asked.set()
                 await asyncio.sleep(30)
             except asyncio.CancelledError:
                 pass
@@ -187,7 +190,7 @@ async def test_a_function_that_swallows_the_end_of_its_wait_ends_all_the_same() 
     async with started(function) as running:
         context = Context("r")
         answer = running.scope.spawn(running.answer(request(), context))
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(asked.wait(), 5)
         context.stop()
         async with asyncio.timeout(2):
             items = await answer
@@ -209,10 +212,11 @@ async def test_a_function_may_look_itself() -> None:
 
 
 async def test_a_killed_request_cancels_the_function() -> None:
-    ended = asyncio.Event()
+    asked, ended = asyncio.Event(), asyncio.Event()
 
     async def function(request: PreprocessedRequest) -> AsyncIterator[str]:
         try:
+            asked.set()
             await asyncio.Event().wait()
             yield ""
         finally:
@@ -221,7 +225,7 @@ async def test_a_killed_request_cancels_the_function() -> None:
     async with started(function) as running, Scope("test") as scope:
         context = Context("r")
         answer = scope.spawn(running.answer(request(), context))
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(asked.wait(), 5)
         context.kill()
         answer.cancel()
         await asyncio.wait({answer}, timeout=1)

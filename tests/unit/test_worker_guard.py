@@ -12,6 +12,7 @@ from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest, SamplingOptions
 from stator.runtime.context import Context
 from stator.tasks import Scope
+from stator.testing.plane_suite import eventually
 from stator.worker.engine import EngineConfig, LLMEngine
 from stator.worker.guard import Guard
 
@@ -25,6 +26,8 @@ class Endless(LLMEngine):
 
     def __init__(self, *items: Any) -> None:
         self.items = items
+        self.given = 0
+        """requests that have got all items, and wait"""
         self.closed = 0
         self.aborted: list[Context] = []
         self.abort_error: Exception | None = None
@@ -38,6 +41,7 @@ class Endless(LLMEngine):
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+            self.given += 1
             await asyncio.Event().wait()
         finally:
             self.closed += 1
@@ -159,7 +163,7 @@ async def test_a_failed_engine_ends_what_runs_at_once_and_refuses_what_comes() -
     async with Scope("test") as scope:
         guard = Guard(engine, scope)
         answers = [scope.spawn(waiting(guard, Context(f"r{number}"))) for number in range(3)]
-        await asyncio.sleep(0.01)
+        await eventually(lambda: engine.given == 3)
         guard.fail("its process died")
         async with asyncio.timeout(1):
             found = await asyncio.gather(*answers, return_exceptions=True)
@@ -180,7 +184,7 @@ async def test_an_answer_whose_reader_pauses_ends_when_the_reader_goes_on() -> N
         stream = guard.generate(REQUEST, Context("r"))
         assert (await anext(stream)).token_ids == [1]
         guard.fail("gone")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # the reader does something else
         with pytest.raises(EngineError, match="the engine has failed: gone"):
             await anext(stream)
     assert engine.ended == 1
@@ -204,7 +208,7 @@ async def test_a_caller_that_cancels_while_the_engine_fails_is_cancelled() -> No
     async with Scope("test") as scope:
         guard = Guard(engine, scope)
         answer = scope.spawn(waiting(guard, Context("r")))
-        await asyncio.sleep(0.01)
+        await eventually(lambda: engine.given == 1)
         guard.fail("gone")
         answer.cancel()
         await asyncio.wait({answer}, timeout=1)
@@ -212,9 +216,12 @@ async def test_a_caller_that_cancels_while_the_engine_fails_is_cancelled() -> No
 
 
 async def test_an_engine_that_catches_the_end_of_its_wait_ends_all_the_same() -> None:
+    asked = asyncio.Event()
+
     class Stubborn(Endless):
         async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
             try:
+                asked.set()
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 yield item(7)
@@ -223,7 +230,7 @@ async def test_an_engine_that_catches_the_end_of_its_wait_ends_all_the_same() ->
     async with Scope("test") as scope:
         guard = Guard(Stubborn(), scope)
         answer = scope.spawn(waiting(guard, Context("r")))
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(asked.wait(), 5)
         guard.fail("gone")
         await asyncio.wait({answer}, timeout=1)
         assert isinstance(answer.exception(), EngineError)
@@ -234,11 +241,13 @@ async def test_an_engine_that_says_it_shuts_down_is_heard_and_ends_the_others() 
     class Dying(Endless):
         async def generate(self, request: PreprocessedRequest, context: Context) -> AsyncIterator[EngineOutput]:
             if context.id == "last straw":
-                await asyncio.sleep(0.01)
+                await other_waits.wait()
                 raise EngineError("out of memory", kind="EngineShutdown")
+            other_waits.set()
             await asyncio.Event().wait()
             yield item(1)
 
+    other_waits = asyncio.Event()
     heard: list[str] = []
     async with Scope("test") as scope:
         guard = Guard(Dying(), scope, died=lambda reason: (heard.append(reason), guard.fail(reason))[0])
