@@ -88,7 +88,7 @@ async def test_every_lease_is_revoked(scale: Scale, etcd: EtcdServer, tmp_path: 
         for _ in range(3):
             revoked = await asyncio.to_thread(etcd.revoke_all)
             assert len(revoked) >= len(here.fleet.ids)
-            await asyncio.sleep(1.0)
+            await here.whole(time.monotonic(), within=scale.ttl)
         await here.settled(time.monotonic())
         assert not set(revoked) & set(await asyncio.to_thread(etcd.leases))
     unharmed(here)
