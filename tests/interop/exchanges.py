@@ -1,4 +1,5 @@
-"""What a release of the reference and Stator exchange, whatever it goes by: subclass `Exchanges`, say which release and which plane.
+"""What a release of the reference and Stator exchange, whatever it goes by: subclass `Exchanges`, say which release, which plane and
+which discovery; or `Meeting`, for cases of one's own alone.
 
 One worker and one client of the reference per class; workers and clients of ours per case.
 """
@@ -17,7 +18,7 @@ import msgspec
 import pytest
 
 from interop.peers import REFERENCE, Peer, discovery_root, peer, records_in
-from stator.errors import Cancelled, EngineError, StatorError
+from stator.errors import Cancelled, EngineError, StatorError, StreamIncomplete
 from stator.protocol.records import EndpointRecord
 from stator.runtime import Client, Context, Runtime
 from stator.runtime.plugins import load_plugin
@@ -25,7 +26,18 @@ from stator.testing.etcd_server import EtcdServer, etcd_server
 from stator.testing.nats_server import NatsServer, nats_server
 from stator.testing.plane_suite import eventually
 
-__all__ = ["Exchanges", "Place", "counted"]
+__all__ = [
+    "VALUES",
+    "Exchanges",
+    "Meeting",
+    "Place",
+    "count",
+    "counted",
+    "digest",
+    "journal",
+    "killed_in_mid_stream",
+    "refusals_of_one_that_left",
+]
 
 _numbers = itertools.count(1)
 
@@ -101,6 +113,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
             runtime.endpoint(ours.endpoint).serving(ours.generate) as ours.served,
         ):
             yield ours
+            await eventually(lambda: ours.served.inflight == 0, what="handlers ended")
 
 
 class Ours:
@@ -158,16 +171,43 @@ def digest(items: list[Any]) -> dict[str, Any]:
     return {"count": len(items), "sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
 
 
-class Exchanges:
-    """The cases."""
+async def refusals_of_one_that_left(place: Place, client: Peer) -> tuple[str, str]:
+    """What its client says of an endpoint of ours that drains, and of one that is gone but still listed: it would wait until it is
+    not."""
+    async with place.working(count) as ours:
+        assert (await client.ask(endpoint=ours.endpoint, request={"n": 1}))["error"] is None
+        ours.served.drain()
+        draining = await client.ask(endpoint=ours.endpoint, request={"n": 1}, within=10)
+        ours.served._services.network.unregister(ours.served._path)
+        gone = await client.ask(endpoint=ours.endpoint, request={"n": 1}, within=10)
+        return draining["error"], gone["error"]
+
+
+async def killed_in_mid_stream(place: Place) -> None:
+    """A worker of the reference dies at `place`, where no other is: streams end, whether items came or not."""
+    with place.peer("peer_worker.py") as doomed:
+        await asyncio.to_thread(place.wait_for, "generate", "broken")
+        async with place.calling("generate") as client:
+            streaming = client.generate({"mode": "until stopped"})
+            waiting = client.generate({"mode": "hold"})
+            assert await anext(streaming) == 0
+            assert await anext(waiting) == 1
+            await asyncio.to_thread(doomed.kill)
+            for stream in (streaming, waiting):
+                with pytest.raises(StreamIncomplete):
+                    async with asyncio.timeout(5):
+                        await stream.collect()
+            with pytest.raises(StatorError) as caught:
+                await client.generate({"mode": "count", "n": 1}).collect()
+            assert caught.value.retryable
+
+
+class Meeting:
+    """A place, and the processes of the reference there."""
 
     reference: ClassVar[Path] = REFERENCE
     over_nats: ClassVar[bool] = False
     over_etcd: ClassVar[bool] = False
-    error_text: ClassVar[str] = "ValueError: BackendInvalidArgument: ValueError: boom"
-    """how its Python client shows a `ValueError("boom")` of our worker"""
-    unsendable: ClassVar[str] = "ValueError: BackendUnknown: object value cannot be sent"
-    overloaded: ClassVar[str] = "ResourceExhausted"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -200,6 +240,15 @@ class Exchanges:
     def client(cls, place: Place) -> Iterator[Peer]:
         with place.peer("peer_client.py") as process:
             yield process
+
+
+class Exchanges(Meeting):
+    """The cases."""
+
+    error_text: ClassVar[str] = "ValueError: BackendInvalidArgument: ValueError: boom"
+    """how its Python client shows a `ValueError("boom")` of our worker"""
+    unsendable: ClassVar[str] = "ValueError: BackendUnknown: object value cannot be sent"
+    overloaded: ClassVar[str] = "ResourceExhausted"
 
     # -- its worker, our client
 
@@ -256,6 +305,14 @@ class Exchanges:
                 with pytest.raises(Cancelled):
                     await anext(stream)
             assert (await journal(client, "killed"))["killed"]
+
+    @pytest.mark.parametrize("mode", ["hold", "until stopped"])
+    async def test_dropping_its_stream(self, place: Place, worker: Peer, mode: str) -> None:
+        """At once, although the worker that holds sends nothing more."""
+        async with place.calling("generate") as client:
+            async with client.generate({"mode": mode}, id=f"dropped in {mode}") as stream:
+                assert await anext(stream) in (0, 1)
+            assert (await journal(client, f"dropped in {mode}"))["killed"]
 
     async def test_two_hundred_requests_to_it_at_once(self, place: Place, worker: Peer) -> None:
         async with place.calling("generate") as client:
@@ -368,8 +425,10 @@ class Exchanges:
             await client.ask(endpoint=ours.endpoint, request=0)  # over NATS, 1.6.1 hangs when it makes many clients at once
             running = [client.ask_soon(endpoint=ours.endpoint, request=1, id=f"r{n}") for n in range(6)]
             await eventually(lambda: sum(not one.empty() for one in running) == 3, within=20, what="three were refused")
+            assert len(ours.contexts) == 2
             go.set()
             answers = [await asyncio.to_thread(one.get, True, 30) for one in running]
             refused = [answer["error"] for answer in answers if answer["error"]]
             assert len(refused) == 3
             assert all(self.overloaded in error for error in refused), refused
+            assert len(ours.contexts) == 4

@@ -9,10 +9,13 @@ from stator.runtime import Context, Runtime, run
 
 
 async def endless(request: Any, context: Context) -> AsyncIterator[Any]:
+    """Says so on standard output when the hundredth item of a request has been taken."""
     number = 0
     while not context.is_stopped:
         yield number
         number += 1
+        if number == 100:
+            print(context.id, flush=True)
         await asyncio.sleep(0.002)
 
 

@@ -1,102 +1,48 @@
-"""A directory shared with processes of the reference 1.3.1: each side sees the other's instances come, stay and go."""
+"""A directory shared with processes of the reference 1.3.1: each side sees the other's instances come, stay and go.
+
+The reference's time to live is long and cannot be set, so the scenarios wait at the same time, each in a directory of its own.
+"""
 
 import asyncio
-import json
-import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from random import Random
 
 import pytest
+import pytest_asyncio
 
-from interop.peers import REFERENCE, needs_reference
+from interop.peers import HERE, REFERENCE, ROOT, needs_reference
+from interop.watching import at_once, come_stay_and_go, process, shown, watcher
 from stator.discovery import FileDiscovery, FileDiscoveryConfig, open_file
 from stator.protocol.ids import endpoint_path
 from stator.protocol.records import EndpointRecord, Query
 from stator.tasks import SystemClock
-from stator.testing.discovery_suite import endpoint_record, silence, until
+from stator.testing.discovery_suite import silence, until
 
-ROOT = Path(__file__).parents[2]
 OWNER = ROOT / "tests" / "faults" / "discovery_owner.py"
 TTL = 10.0
-"""the reference's, which cannot be set"""
+"""the reference's"""
+ENDPOINT = "demo.backend.generate"
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(90), needs_reference]
 
-WORKER = """
-import asyncio, uvloop
-from dynamo.runtime import dynamo_worker
-async def generate(request, context):
-    yield request
-@dynamo_worker()
-async def main(runtime):
-    await runtime.endpoint("demo.backend.generate").serve_endpoint(generate)
-uvloop.install(); asyncio.run(main())
-"""
-CLIENT = """
-import asyncio, json, uvloop
-from dynamo.runtime import dynamo_worker
-@dynamo_worker()
-async def main(runtime):
-    client = await runtime.endpoint("demo.backend.generate").client()
-    shown = None
-    while True:
-        ids = sorted(client.instance_ids())
-        if ids != shown:
-            print(json.dumps(ids), flush=True)
-            shown = ids
-        await asyncio.sleep(0.02)
-uvloop.install(); asyncio.run(main())
-"""
 
-
-@asynccontextmanager
-async def process(root: Path, *command: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A child that shares `root`; killed in the end."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "STATOR_"))}
-    environment |= {
-        "DYN_DISCOVERY_BACKEND": "file",
-        "DYN_FILE_KV": str(root),
-        "DYN_REQUEST_PLANE": "tcp",
-        "DYN_EVENT_PLANE": "zmq",
-        "DYN_TCP_RPC_HOST": "127.0.0.1",
-    }
-    child = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
-    try:
-        yield child
-    finally:
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
+def shared(root: Path) -> dict[str, str]:
+    """What a process of the reference is told."""
+    return {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(root)}
 
 
 def discovery(root: Path) -> FileDiscovery:
     return open_file(FileDiscoveryConfig(root=str(root)), clock=SystemClock(), random=Random())
 
 
-async def shown(client: asyncio.subprocess.Process, ids: set[int], *, within: float) -> float:
-    """Wait until the reference's client knows exactly `ids`; the answer is how long that took."""
-    assert client.stdout is not None
-    began = time.monotonic()
-    last = b""
-    try:
-        async with asyncio.timeout(within):
-            while not last or set(json.loads(last)) != ids:
-                last = await client.stdout.readline()
-                assert last, "the reference's client ended"
-    except TimeoutError:
-        raise AssertionError(f"after {within} s the reference knows {last!r} instead of {ids}") from None
-    return time.monotonic() - began
-
-
-async def test_a_reference_worker_comes_and_is_gone_when_killed(tmp_path: Path) -> None:
+async def a_reference_worker_comes_and_is_gone_when_killed(root: Path) -> None:
     query = Query(EndpointRecord.bucket, ("demo", "backend", "generate"))
-    async with discovery(tmp_path) as ours, ours.watch(query) as watch:
-        async with process(tmp_path, str(REFERENCE), "-c", WORKER) as worker:
+    async with discovery(root) as ours, ours.watch(query) as watch:
+        async with process(shared(root), str(REFERENCE), str(HERE / "peer_raiser.py")) as worker:
             await until(watch, lambda: len(watch.current) == 1, within=40)
             (record,) = watch.current.values()
             assert isinstance(record, EndpointRecord)
@@ -110,33 +56,45 @@ async def test_a_reference_worker_comes_and_is_gone_when_killed(tmp_path: Path) 
             killed = time.monotonic()
             await until(watch, lambda: not watch.current, within=TTL + 2)
             assert time.monotonic() - killed > TTL / 2
-        files = await asyncio.to_thread(lambda: list((tmp_path / EndpointRecord.bucket).iterdir()))
+        files = await asyncio.to_thread(lambda: list((root / EndpointRecord.bucket).iterdir()))
         assert files == []
 
 
-async def test_a_reference_client_sees_our_instances(tmp_path: Path) -> None:
-    one, other = endpoint_record(2**64 - 1), endpoint_record(7)
-    async with process(tmp_path, str(REFERENCE), "-c", CLIENT) as client:
-        async with discovery(tmp_path) as ours:
-            await ours.register(one)
-            await shown(client, {one.instance_id}, within=40)
-            await ours.register(other)
-            assert await shown(client, {one.instance_id, other.instance_id}, within=5) < 1
-            await ours.unregister(one.key)
-            assert await shown(client, {other.instance_id}, within=5) < 1
-            with pytest.raises(AssertionError, match="instead of"):
-                await shown(client, set(), within=TTL + 5)  # our signs of life are understood
-        await shown(client, set(), within=5)
+async def a_reference_client_sees_our_instances(root: Path) -> None:
+    await come_stay_and_go(shared(root), ENDPOINT, discovery(root), longer=TTL + 5)
 
 
-async def test_our_stopped_worker_comes_back_to_a_reference_client(tmp_path: Path) -> None:
+async def our_stopped_worker_comes_back_to_a_reference_client(root: Path) -> None:
     """The reference removes the file of a worker that was stopped for too long; ours writes it again."""
     async with (
-        process(tmp_path, str(REFERENCE), "-c", CLIENT) as client,
-        process(tmp_path, sys.executable, str(OWNER), str(tmp_path), str(TTL), "7", "serve") as worker,
+        watcher(shared(root), ENDPOINT) as client,
+        process({}, sys.executable, str(OWNER), str(root), str(TTL), "7", "serve") as worker,
     ):
         await shown(client, {7}, within=40)
         worker.send_signal(signal.SIGSTOP)
         assert await shown(client, set(), within=TTL + 6) > TTL / 2
         worker.send_signal(signal.SIGCONT)
         assert await shown(client, {7}, within=5) < 2
+
+
+SCENARIOS = {
+    each.__name__: each
+    for each in (
+        a_reference_worker_comes_and_is_gone_when_killed,
+        a_reference_client_sees_our_instances,
+        our_stopped_worker_comes_back_to_a_reference_client,
+    )
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def begun(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mapping[str, "asyncio.Task[None]"]]:
+    roots = {name: tmp_path_factory.mktemp(name) for name in SCENARIOS}
+    async with at_once({name: scenario(roots[name]) for name, scenario in SCENARIOS.items()}) as tasks:
+        yield tasks
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("scenario", SCENARIOS)
+async def test_each_side_sees_the_other(begun: Mapping[str, "asyncio.Task[None]"], scenario: str) -> None:
+    await begun[scenario]

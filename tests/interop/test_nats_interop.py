@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import nats
 import pytest
 
-from interop.exchanges import Exchanges, Place, count
+from interop.exchanges import Exchanges, Place, count, refusals_of_one_that_left
 from interop.peers import Peer, discovery_root, needs_reference
 from stator.errors import UsageError
 from stator.runtime import Runtime
@@ -60,15 +60,9 @@ class TestNatsExchanges(Exchanges):
             await asking.close()
 
     async def test_an_endpoint_that_left_is_not_waited_for(self, place: Place, client: Peer) -> None:
-        """Its record may still be listed: the reference's client would wait until it is not."""
-        async with place.working(count) as ours:
-            assert (await client.ask(endpoint=ours.endpoint, request={"n": 1}))["error"] is None
-            ours.served.drain()
-            answer = await client.ask(endpoint=ours.endpoint, request={"n": 1}, within=10)
-            assert "Unavailable: Server unavailable" in answer["error"]
-            ours.served._services.network.unregister(ours.served._path)
-            answer = await client.ask(endpoint=ours.endpoint, request={"n": 1}, within=10)
-            assert "CannotConnect" in answer["error"], answer
+        draining, gone = await refusals_of_one_that_left(place, client)
+        assert "Unavailable: Server unavailable" in draining
+        assert "CannotConnect" in gone, gone
 
     async def test_its_worker_goes_on_after_nats_was_away(self, place: Place, worker: Peer) -> None:
         assert place.nats is not None
