@@ -29,7 +29,7 @@ class Script(ServerProcess):
     def start(self) -> None:
         """Start, and wait for the first line."""
         self._launch([sys.executable, "-c", self._text])
-        self._wait_until(lambda: b"\n" in self._written())
+        self._wait_until(lambda: b"\n" in self.written())
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ class EtcdServer(ServerProcess):
 
     def wait_ready(self) -> None:
         """Wait until it takes calls."""
-        self._wait_until(lambda: _READY in self._written())
+        self._wait_until(lambda: _READY in self.written())
 
     def start(self) -> None:
         """Start, and wait until it takes calls."""

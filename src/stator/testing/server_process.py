@@ -95,7 +95,7 @@ class ServerProcess:
         """The end of what it wrote."""
         return self._log.read_text("utf-8", errors="replace")[-5000:]
 
-    def _written(self) -> bytes:
+    def written(self) -> bytes:
         """What it wrote since the last start."""
         return self._log.read_bytes()[self._log_start :]
 
