@@ -161,7 +161,7 @@ async def test_etcd_stops_and_comes_back(etcd: EtcdServer, empty: bool, caplog: 
         await eventually(lambda: len(stale(here)) == 4, "everybody has noticed", within=5)
         assert "etcd" in here.client.status.reason or "127.0.0.1" in here.client.status.reason
         assert {record.key.id for record in await here.client.list(ENDPOINTS)} == here.ids
-        await asyncio.sleep(1.5 * TTL)
+        await asyncio.sleep(1.5 * TTL)  # every lease would have ended
         if empty:
             etcd.wipe()
         await asyncio.to_thread(etcd.start)
@@ -188,7 +188,7 @@ async def test_who_died_while_etcd_was_away_is_gone_soon_after(etcd: EtcdServer,
         await eventually(lambda: 7 in here.known, "the process is known")
         await asyncio.to_thread(etcd.kill)
         process.kill()
-        await asyncio.sleep(1)
+        await asyncio.sleep(TTL / 2)
         if empty:
             etcd.wipe()
         await asyncio.to_thread(etcd.start)
@@ -205,7 +205,7 @@ async def test_etcd_stands_still_for_longer_than_the_ttl(etcd: EtcdServer) -> No
         try:
             await eventually(lambda: len(stale(here)) >= 3, "the workers have noticed", within=TTL)
             assert "no answer within" in here.workers[0].status.reason
-            await asyncio.sleep(2 * TTL)
+            await asyncio.sleep(1.5 * TTL)
             assert {record.key.id for record in await here.client.list(ENDPOINTS)} == here.ids
         finally:
             standing.__exit__(None, None, None)
@@ -227,7 +227,7 @@ async def test_every_lease_is_revoked(etcd: EtcdServer, caplog: pytest.LogCaptur
             await in_etcd(etcd, here.ids, within=TTL)
             assert time.monotonic() - revoked < TTL / 3, "nobody waits for the next sign of life"
             assert not before & set(await asyncio.to_thread(etcd.leases)) - {here.client.instance_id}
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # in which the client would be told of who was missed
         assert here.lost == set()
         assert here.known == here.ids
         assert len({worker.instance_id for worker in here.workers}) == 5
@@ -420,7 +420,6 @@ class Proxy:
                 server.close()
                 self.cut()
                 await scope.aclose()
-        await asyncio.sleep(0.05)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -545,7 +544,8 @@ async def test_a_watch_that_has_gone_deaf_is_opened_again(etcd: EtcdServer, capl
         async with watch:
             await worker.register(endpoint_record(1))
             await until(watch, lambda: len(watch.current) == 1)
-            await asyncio.sleep(0.3)  # the watch is open by now
+            followers: Any = client._opened()._followers  # pyright: ignore[reportPrivateUsage]
+            await eventually(lambda: followers[EndpointRecord.bucket]._live, "the watch is open")
             proxy.freeze()
             await worker.register(endpoint_record(2))
             await until(watch, lambda: len(watch.current) == 2, within=4 * TTL)
@@ -557,7 +557,7 @@ async def test_other_keys_that_change_do_not_disturb_a_watch(etcd: EtcdServer, c
     async with discovery(etcd.url) as worker, discovery(etcd.url) as client, client.watch(ENDPOINTS) as watch:
         await worker.register(endpoint_record(1))
         await until(watch, lambda: len(watch.current) == 1)
-        end = time.monotonic() + 3 * TTL
+        end = time.monotonic() + 2 * TTL  # in which one that heard nothing would be found out
         while time.monotonic() < end:
             await asyncio.to_thread(etcd.put, "v1/other/x", b"")
             await asyncio.sleep(0.1)

@@ -93,28 +93,32 @@ async def cluster(directory: Path) -> AsyncIterator[tuple[KubernetesApi, list[Ru
             await asyncio.wait({running})
 
 
+OUTAGE = 4.0
+"""seconds: four times the silence and the answer that are waited for"""
+
+
 async def _away(api: KubernetesApi) -> None:
     await api.stop()
-    await asyncio.sleep(4)
+    await asyncio.sleep(OUTAGE)
     await api.start()
 
 
 async def _hangs(api: KubernetesApi) -> None:
     api.hang()
-    await asyncio.sleep(4)
+    await asyncio.sleep(OUTAGE)
     api.heal()
 
 
 async def _forgets(api: KubernetesApi) -> None:
     for _ in range(5):
         api.expire_watches()
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # whether they are there again or not
 
 
 async def _refuses(api: KubernetesApi) -> None:
     api.fail(429, times=20, retry_after=1)
     api.close_watches()
-    await asyncio.sleep(4)
+    await asyncio.sleep(OUTAGE)
     api.heal()
 
 
@@ -122,7 +126,12 @@ async def _deletes(api: KubernetesApi) -> None:
     """As `kubectl delete dynamoworkermetadatas --all` does."""
     for name in ("worker-0", "worker-1"):
         api.store.delete("dynamoworkermetadatas", "default", name)
-    await asyncio.sleep(2)
+    await eventually(lambda: _both_written(api), within=10, what="both have written their objects again")
+    await asyncio.sleep(2)  # more than what anybody waits before it believes that they are gone
+
+
+def _both_written(api: KubernetesApi) -> bool:
+    return all(api.metadata(f"worker-{number}") is not None for number in range(2))
 
 
 @pytest.mark.parametrize("fault", [_away, _hangs, _forgets, _refuses, _deletes], ids=lambda fault: fault.__name__.strip("_"))
@@ -133,11 +142,11 @@ async def test_no_request_fails(tmp_path: Path, fault: Callable[[KubernetesApi],
             assert len(await anext(watch)) == 2
             changes: list[Any] = []
             reader = asyncio.get_running_loop().create_task(_collect(watch, changes))
-            await asyncio.sleep(1)
+            await eventually(lambda: load.answered > RATE, within=20, what="the load is on")
             await fault(api)
             await eventually(lambda: all(worker.discovery.status.connected for worker in workers), within=20)
-            await eventually(lambda: all(api.metadata(f"worker-{number}") is not None for number in range(2)), within=10)
-            await asyncio.sleep(1)
+            await eventually(lambda: _both_written(api), within=10)
+            await asyncio.sleep(1)  # in which it would be told of who was missed
             assert changes == [], "nobody was taken for gone"
             reader.cancel()
             await asyncio.wait({reader})
@@ -154,11 +163,10 @@ async def _collect(watch: Watch, changes: list[Any]) -> None:
 async def test_a_worker_that_goes_is_not_asked_any_more(tmp_path: Path) -> None:
     """The counterpart: the load above would notice if instances were never taken out."""
     async with cluster(tmp_path) as (api, workers, load):
-        await asyncio.sleep(0.5)
+        await eventually(lambda: load.answered > 0, within=20, what="the load is on")
         api.pods.delete("worker-0")
         async with workers[1].discovery.watch(Query(EndpointRecord.bucket)) as watch, asyncio.timeout(10):
             while len(watch.current) != 1:
                 await anext(watch)
         api.pods.delete("worker-1")
-        await asyncio.sleep(3.5)  # two of which a request waits for an instance
-    assert load.failures
+        await eventually(lambda: bool(load.failures), within=20, what="requests fail")  # each waits for an instance first

@@ -52,7 +52,7 @@ async def test_requests_over_tcp_do_not_notice(
             hearing = group.create_task(hear(events, heard))
             await eventually(lambda: set(heard) == here.fleet.ids, within=10, what="everybody is heard")
             await asyncio.to_thread(nats.stop)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # what was on its way is heard
             heard.clear()
             await asyncio.sleep(outage - 0.5)
             assert not heard

@@ -108,7 +108,7 @@ async def test_requests_under_way_when_nats_ends_are_answered_or_fail_soon(serve
     async with cluster(server, root=tmp_path / "root") as client:
         loop = asyncio.get_running_loop()
         reading = [loop.create_task(outcome(client)) for _ in range(300)]
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # so that some are answered, and others not yet sent
         await asyncio.to_thread(server.stop)
         ended = await asyncio.gather(*reading)
         assert all(took < FAST + 1 for _, took in ended)
@@ -149,7 +149,7 @@ async def test_a_worker_that_was_idle_all_the_time_listens_again(server: NatsSer
     async with cluster(server, root=tmp_path / "root") as client:
         for _ in range(3):
             await asyncio.to_thread(server.stop)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.5)  # the outage
             await asyncio.to_thread(server.start)
             await back_within(client, BACK)
 
@@ -170,7 +170,8 @@ async def test_a_login_that_changes_is_no_end(tmp_path: Path, caplog: pytest.Log
             await asyncio.to_thread(other.start)
             try:
                 await eventually(lambda: "Authorization Violation" in caplog.text, what="the refusal is said")
-                await asyncio.sleep(0.6)
+                planes: Any = client._services.network._clients  # pyright: ignore[reportPrivateUsage]
+                await eventually(lambda: planes["nats"].connection.away_for > 0.5, what="it is no blink any more")
                 error, took = await outcome(client)
                 assert isinstance(error, ConnectFailed)
                 assert "Authorization Violation" in error.message
@@ -201,13 +202,19 @@ async def test_a_cluster_loses_a_server_and_no_request(tmp_path: Path) -> None:
 
                 loading = asyncio.get_running_loop().create_task(load())
                 await asyncio.to_thread(victim.stop)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(1.0)  # the outage
                 await asyncio.to_thread(victim.start)
-                await asyncio.sleep(1.0)  # the two find each other again
+                await met(victim)
+                await asyncio.sleep(0.5)  # under load
                 loading.cancel()
                 stopped += 1
                 assert len(failed) <= 2, failed  # what was on its way in the server that ended, and could not be sent twice
             assert stopped == 3
+
+
+async def met(server: NatsServer) -> None:
+    """It and another of its cluster have found each other since it was started."""
+    await eventually(lambda: b"Route connection created" in server.written(), within=10, what="the two find each other again")
 
 
 def clustered(name: str, other: NatsServer | None = None) -> dict[str, str]:
@@ -252,7 +259,7 @@ async def test_all_workers_are_used_again_when_nats_is_back(server: NatsServer, 
             await outcome(client)
             await asyncio.sleep(0.02)
         await asyncio.to_thread(server.start)
-        await asyncio.sleep(BACK)
+        await asyncio.sleep(BACK)  # all of them have to be back then
         used: set[int] = set()
         for _ in range(9):
             stream = client.generate({"n": 1})
