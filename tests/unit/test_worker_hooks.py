@@ -17,6 +17,7 @@ from stator.llm.card import ModelCard
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
 from stator.runtime.context import Context
+from stator.testing.plane_suite import eventually
 from stator.testing.worker_host import INSTANCE, FakeHost, FakeServed
 from stator.worker import (
     EXIT_DEADLINE,
@@ -63,6 +64,8 @@ class Telling(LLMEngine):
         self.kv: KvEventSink | None = None
         self.sources: Sequence[KvEventSource] = (PushSource(on_ready=self.on_ready, dp_rank=1),)
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.asked = asyncio.Event()
+        """a request came that is not answered"""
         self.on_start: Callable[[], Any] = _nothing
 
     def note(self, step: str) -> None:
@@ -83,6 +86,7 @@ class Telling(LLMEngine):
         if request.token_ids == [13]:
             raise EngineError("out of memory", kind="EngineShutdown")
         if request.token_ids == [0]:
+            self.asked.set()
             await asyncio.Event().wait()
         yield EngineOutput(token_ids=request.token_ids, finish_reason="stop")
 
@@ -380,7 +384,7 @@ async def test_health_follows_the_life() -> None:
         assert stage.page["endpoints"] == {"generate": "ready"}
         assert "reason" not in stage.page
         stage.worker.shutdown()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # nothing happens in it
         assert stage.page["status"] == "ready", "during the grace period requests are answered"
         stage.worker.shutdown()
         await task
@@ -394,7 +398,7 @@ async def test_an_engine_that_fails_ends_the_worker() -> None:
     stage = Stage(grace_period=3600, drain_timeout=3600)
     async with stage.running() as task:
         waiting = asyncio.ensure_future(stage.answer(0))
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(stage.engine.asked.wait(), 5)
         stage.engine.end.set_result("its process died\nof old age")
         with pytest.raises(EngineError, match="the engine has failed: its process died of old age") as caught:
             await asyncio.wait_for(waiting, 1)
@@ -419,7 +423,7 @@ async def test_new_requests_are_refused_while_discovery_is_told() -> None:
 
         stage.served.unregister = slow  # type: ignore[method-assign]
         stage.engine.end.set_result("gone")
-        await asyncio.sleep(0.01)
+        await eventually(lambda: stage.log[-1] == "refuse")
         with pytest.raises(Unavailable, match="the engine has failed: gone"):
             stage.served.generate({"token_ids": [1]}, Context("late"))
         assert stage.log[-1] == "refuse"
@@ -465,7 +469,7 @@ async def test_a_late_sign_of_life_does_not_make_it_well() -> None:
 
         stage.served.aclose = hold  # type: ignore[method-assign]
         stage.engine.end.set_result("gone")
-        await asyncio.sleep(0.01)
+        await eventually(lambda: stage.page["endpoints"] == {"generate": "notready"})
         stage.host.health.set_endpoint("generate", EndpointState.READY, "answered a request")
         assert stage.page["endpoints"] == {"generate": "notready"}
         held.set()
@@ -477,7 +481,7 @@ async def test_what_an_engine_says_at_its_end_is_no_failure() -> None:
 
     async def drain() -> None:
         stage.engine.end.set_result("I was told to")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # in which it would be taken for one
 
     stage.engine.drain = drain  # type: ignore[method-assign]
     async with stage.running() as task:
