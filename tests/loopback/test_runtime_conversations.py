@@ -424,7 +424,8 @@ async def test_two_senders_at_once() -> None:
                     pass
 
             first = asyncio.create_task(flood())
-            await asyncio.sleep(0.05)
+            inbox = conversation._duplex()  # pyright: ignore[reportPrivateUsage]
+            await eventually(lambda: inbox._sending_since is not None, what="the first waits")  # pyright: ignore[reportPrivateUsage]
             with pytest.raises(UsageError, match="one task at a time"):
                 await conversation.send(1)
             conversation.stop()

@@ -449,7 +449,7 @@ class ConversationSuite(ABC):
             talk = await talker.talk()
             waiting = asyncio.get_running_loop().create_task(self._flood(talk))
             assert await talk.next() == "ready"
-            await asyncio.sleep(0.02)
+            await eventually(lambda: talk.inbox._sending_since is not None, what="the sender waits")  # pyright: ignore[reportPrivateUsage]
             talker.pair.cut()
             await asyncio.wait_for(waiting, 5)
             with pytest.raises(Disconnected):
