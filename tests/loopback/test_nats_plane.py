@@ -250,7 +250,7 @@ async def test_nobody_listens(server: ServerProcess) -> None:
         assert SUBJECT in error.message
         assert 1.2 < loop.time() - began < 4
         began = loop.time()
-        await asyncio.sleep(1.0)  # now everybody would be back
+        await asyncio.sleep(1.0)  # the time that workers have to be back after we have connected
         assert type(await refusal(await ask(client))) is ConnectFailed
         assert 1.3 < loop.time() - began < 2.2
         subscription = await worker.subscribe(SUBJECT, cb=take)
@@ -268,7 +268,7 @@ async def test_nobody_listens(server: ServerProcess) -> None:
 async def test_a_worker_that_is_about_to_listen_is_waited_for(server: ServerProcess) -> None:
     async with plain_client(server) as worker, calling(server) as client:
         inbox = await ask(client)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # so much too late
         heard = await worker.subscribe(SUBJECT)
         message = await heard.next_msg(5)
         await message.respond(b"")
@@ -521,7 +521,7 @@ async def test_a_caller_starts_without_a_server_and_fails_fast() -> None:
     nowhere = NatsConfig(servers=("nats://127.0.0.1:1",))
     client = await NatsClient.start(nowhere, plane_host())
     try:
-        await asyncio.sleep(0.6)
+        await eventually(lambda: client.connection.away_for > 0.5, what="it is no blink any more")
         began = asyncio.get_running_loop().time()
         with pytest.raises(ConnectFailed, match="NATS is away") as caught:
             await ask(client)
