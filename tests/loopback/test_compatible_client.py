@@ -5,7 +5,6 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from random import Random
 from typing import Any
 
 import msgspec
@@ -32,11 +31,11 @@ from stator.protocol.records import EndpointRecord, Transport
 from stator.protocol.request_frame import RequestFrame, RequestFrameParser, encode_acknowledgement
 from stator.protocol.stream import Phase
 from stator.protocol.two_part import decode_message, encode_frame
-from stator.tasks import DeadlineWheel, SystemClock
+from stator.tasks import DeadlineWheel
+from stator.testing.plane_pair import plane_host
 from stator.testing.plane_suite import drain, eventually
 from stator.testing.recorded import recorded
 from stator.transports.inbox import Inbox, Patience, PhaseLimits
-from stator.transports.plane import PlaneHost
 from stator.transports.tcp import CompatibleClient, TcpConfig
 
 pytestmark = pytest.mark.timeout(30)
@@ -173,16 +172,7 @@ class Bench:
 @asynccontextmanager
 async def bench(**config: Any) -> AsyncIterator[Bench]:
     wheel = DeadlineWheel(asyncio.get_running_loop(), resolution=0.02)
-    host = PlaneHost(
-        process="a" * 32,
-        bind_host="127.0.0.1",
-        advertise_host="127.0.0.1",
-        socket_directory=None,
-        wheel=wheel,
-        clock=SystemClock(),
-        random=Random(1),
-        observer=None,
-    )
+    host = plane_host(wheel=wheel)
     worker = Worker()
     listener = await asyncio.start_server(worker.taken, "127.0.0.1", 0)
     worker.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"

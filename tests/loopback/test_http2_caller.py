@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loopback.test_http2_plane import loopback_host, without_marker
+from loopback.test_http2_plane import without_marker
 from stator.errors import (
     ConnectFailed,
     Disconnected,
@@ -30,6 +30,7 @@ from stator.protocol.item_frame import FINAL, encode_item
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
 from stator.protocol.two_part import decode_message, encode_frame
 from stator.tasks import DeadlineWheel
+from stator.testing.plane_pair import plane_host
 from stator.testing.plane_suite import drain, eventually
 from stator.transports.http2 import Http2Config
 from stator.transports.http2.client import Http2Client
@@ -135,7 +136,7 @@ class Bench:
 async def bench(
     listener: Callable[[], asyncio.Protocol] | None = None, *, observer: InstanceObserver | None = None, **config: Any
 ) -> AsyncIterator[Bench]:
-    host = loopback_host(resolution=0.02, observer=observer)
+    host = plane_host(resolution=0.02, observer=observer)
     client = await Http2Client.start(Http2Config(**config), host)
     front = Front(DeadlineWheel(asyncio.get_running_loop(), resolution=0.02))
     strangers: list[Any] = []

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -18,50 +17,35 @@ from stator.runtime.admission import Admission, AdmissionConfig
 from stator.runtime.engine import generate_function
 from stator.runtime.serving import Serving
 from stator.security import Tls
-from stator.tasks import DeadlineWheel, SystemClock
+from stator.tasks import DeadlineWheel
 from stator.testing.certificates import Authority, tls_of
 from stator.testing.conversation_suite import ConversationSuite
+from stator.testing.plane_pair import paired, plane_host
 from stator.testing.plane_suite import INSTANCE, Caller, PlanePair, PlaneSuite, count, drain, eventually
 from stator.transports.http2 import Http2Config, Http2Plane
 from stator.transports.http2.client import Http2Client
 from stator.transports.http2.server import Http2Server
 from stator.transports.inbox import Inbox, Patience, PhaseLimits
-from stator.transports.plane import InstanceObserver, PlaneHost
-
-
-def loopback_host(*, resolution: float = 0.1, observer: InstanceObserver | None = None, **facts: Any) -> PlaneHost:
-    return PlaneHost(
-        process="a" * 32,
-        bind_host="127.0.0.1",
-        advertise_host="127.0.0.1",
-        socket_directory=None,
-        wheel=DeadlineWheel(asyncio.get_running_loop(), resolution=resolution),
-        clock=SystemClock(),
-        random=Random(1),
-        observer=observer,
-        **facts,
-    )
 
 
 @asynccontextmanager
 async def http2_pair(
-    config: Http2Config | None = None, *, resolution: float = 0.1, tls: Tls | None = None
+    config: Http2Config | None = None,
+    *,
+    resolution: float = 0.1,
+    server_tls: Tls | None = None,
+    client_tls: Tls | None = None,
+    served_by: type[Http2Server] = Http2Server,
 ) -> AsyncIterator[PlanePair]:
     """Both sides; nothing is left on the wheels afterwards."""
     config = config or Http2Config()
-    here, there = loopback_host(resolution=resolution, tls=tls), loopback_host(resolution=resolution, tls=tls)
-    server = await Http2Server.listen(config, here)
+    here, there = plane_host(resolution=resolution, tls=server_tls), plane_host(resolution=resolution, tls=client_tls)
+    server = await served_by.listen(config, here)
     client = await Http2Client.start(config, there)
-    try:
-        yield PlanePair(
-            server=server, client=client, cut=client.cut, open_streams=lambda: server.open_streams + client.open_streams
-        )
-    finally:
-        await client.aclose()
-        await server.aclose()
-        assert server.connections == client.connections == 0
-        assert len(here.wheel) == len(there.wheel) == 0
-        assert server._desk.budget.out == 0  # pyright: ignore[reportPrivateUsage]
+    async with paired(server, client, cut=client.cut, hosts=(here, there)) as pair:
+        yield pair
+    assert server.connections == client.connections == 0
+    assert server._desk.budget.out == 0  # pyright: ignore[reportPrivateUsage]
 
 
 def without_marker(record: EndpointRecord) -> EndpointRecord:
@@ -103,17 +87,8 @@ class TestCallingHomeOverHttp(PlaneSuite):
 
     @asynccontextmanager
     async def pair(self) -> AsyncIterator[PlanePair]:
-        here, there = loopback_host(), loopback_host()
-        server = await CallingHomeServer.listen(Http2Config(), here)
-        client = await Http2Client.start(Http2Config(), there)
-        try:
-            yield PlanePair(
-                server=server, client=client, cut=client.cut, open_streams=lambda: server.open_streams + client.open_streams
-            )
-        finally:
-            await client.aclose()
-            await server.aclose()
-            assert len(here.wheel) == len(there.wheel) == 0
+        async with http2_pair(served_by=CallingHomeServer) as pair:
+            yield pair
 
 
 # -- records
@@ -261,7 +236,7 @@ class TestHttp2OverTls(PlaneSuite):
 
     @asynccontextmanager
     async def pair(self) -> AsyncIterator[PlanePair]:
-        async with http2_pair(tls=self.tls) as pair:
+        async with http2_pair(server_tls=self.tls, client_tls=self.tls) as pair:
             yield pair
 
 
@@ -273,7 +248,7 @@ def tls(tmp_path: Path) -> Tls:
 
 async def test_plaintext_to_tls_and_the_reverse_are_refused(tls: Tls) -> None:
     wheel = DeadlineWheel(asyncio.get_running_loop(), resolution=0.02)
-    async with http2_pair() as plain, http2_pair(tls=tls) as closed:
+    async with http2_pair() as plain, http2_pair(server_tls=tls, client_tls=tls) as closed:
         for mine, theirs in ((plain, closed), (closed, plain)):
             caller = Caller(theirs, wheel, count, "generate")
             inbox = Inbox(wheel=wheel, patience=Patience(PhaseLimits()), instance=INSTANCE)
@@ -283,7 +258,7 @@ async def test_plaintext_to_tls_and_the_reverse_are_refused(tls: Tls) -> None:
 
 
 async def test_an_http_client_without_tls_is_told_in_http(tls: Tls) -> None:
-    async with http2_pair(tls=tls) as pair:
+    async with http2_pair(server_tls=tls, client_tls=tls) as pair:
         assert isinstance(pair.server, Http2Server)
         reader, writer = await asyncio.open_connection("127.0.0.1", int(pair.server.url.rpartition(":")[2]))
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

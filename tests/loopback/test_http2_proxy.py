@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from loopback.test_http2_plane import loopback_host
 from stator.errors import Disconnected, StatorError
 from stator.protocol.http2_exchange import Exchange
 from stator.protocol.http2_library import SessionLimits
@@ -15,6 +14,7 @@ from stator.protocol.http2_session import Session
 from stator.protocol.records import EndpointRecord, Transport
 from stator.tasks import DeadlineWheel, Scope
 from stator.testing.conversation_suite import ConversationSuite
+from stator.testing.plane_pair import plane_host
 from stator.testing.plane_suite import PlanePair, PlaneSuite
 from stator.transports.http2 import Http2Config
 from stator.transports.http2.client import Http2Client
@@ -121,7 +121,7 @@ class ProxiedServer(Http2Server):
 
 @asynccontextmanager
 async def proxied_pair() -> AsyncIterator[PlanePair]:
-    here, there = loopback_host(), loopback_host()
+    here, there = plane_host(), plane_host()
     server = await ProxiedServer.listen(Http2Config(), here)
     assert isinstance(server, ProxiedServer)
     client = await Http2Client.start(Http2Config(), there)

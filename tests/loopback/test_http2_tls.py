@@ -2,8 +2,7 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import aiohttp
 import msgspec
 import pytest
 
-from loopback.test_http2_plane import loopback_host
+from loopback.test_http2_plane import http2_pair
 from stator.errors import ConnectFailed, NotTrusted
 from stator.security import Tls, TlsConfig
 from stator.tasks import DeadlineWheel, SystemClock
 from stator.testing.certificates import Authority, tls_of
 from stator.testing.conversation_suite import ConversationSuite
 from stator.testing.plane_suite import Caller, PlanePair, count
-from stator.transports.http2 import Http2Config
 from stator.transports.http2.client import Http2Client
 from stator.transports.http2.server import Http2Server
 
@@ -47,18 +45,8 @@ def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path)
 
 
-@asynccontextmanager
-async def two(server_tls: Tls, client_tls: Tls) -> AsyncIterator[PlanePair]:
-    server = await Http2Server.listen(Http2Config(), loopback_host(tls=server_tls))
-    client = await Http2Client.start(Http2Config(), loopback_host(tls=client_tls))
-    try:
-        yield PlanePair(
-            server=server, client=client, cut=client.cut, open_streams=lambda: server.open_streams + client.open_streams
-        )
-    finally:
-        await client.aclose()
-        await server.aclose()
-        assert server.connections == client.connections == 0
+def two(server_tls: Tls, client_tls: Tls) -> AbstractAsyncContextManager[PlanePair]:
+    return http2_pair(server_tls=server_tls, client_tls=client_tls)
 
 
 @pytest.fixture(params=["wrong authority", "expired", "not yet valid", "wrong name", "no certificate"])
@@ -153,7 +141,5 @@ class TestConversationsOverTls(ConversationSuite):
     def certificates(self, tmp_path: Path) -> None:
         self.tls = tls_of(Authority(tmp_path))
 
-    @asynccontextmanager
-    async def pair(self) -> AsyncIterator[PlanePair]:
-        async with two(self.tls, self.tls) as pair:
-            yield pair
+    def pair(self) -> AbstractAsyncContextManager[PlanePair]:
+        return two(self.tls, self.tls)

@@ -13,7 +13,6 @@ from h2.connection import H2Connection
 from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, StreamEnded, StreamReset
 
 from loopback.test_compatible_worker import Home
-from loopback.test_http2_plane import loopback_host
 from stator.protocol.call_home import PROLOGUE, SENTINEL, STOP, read_prologue
 from stator.protocol.control_message import CallHomeAddress, ConnectionInfo, ControlMessage, encode_control_message
 from stator.protocol.http2_map import STREAM_TYPE
@@ -22,6 +21,7 @@ from stator.protocol.two_part import TwoPartParser, encode_frame
 from stator.runtime.context import Context
 from stator.runtime.engine import generate_function
 from stator.runtime.serving import Serving
+from stator.testing.plane_pair import plane_host
 from stator.testing.plane_suite import eventually
 from stator.testing.recorded import recorded
 from stator.transports.http2 import Http2Config
@@ -78,7 +78,7 @@ async def bench(handler: Any = count, **config: Any) -> AsyncIterator[Bench]:
         contexts.append(context)
         return generate(request, context)
 
-    host = loopback_host(resolution=0.02)
+    host = plane_host(resolution=0.02)
     server = await Http2Server.listen(Http2Config(**config), host)
     serving = Serving(start, name="test.backend.generate")
     server.register(PATH, serving)

@@ -6,21 +6,21 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import pytest
 
-from stator.errors import ConnectFailed
 from stator.protocol.records import EndpointRecord, Transport
 from stator.security import Tls
 from stator.tasks import Scope
 from stator.testing.certificates import Authority, tls_of
 from stator.testing.conversation_suite import ConversationSuite
 from stator.testing.native_pair import CLIENT_PROCESS
-from stator.testing.native_sockets import native_address, plane_host, with_native
-from stator.testing.plane_suite import Caller, PlanePair, PlaneSuite, count
-from stator.transports.native import NativeClient, NativeConfig, NativeServer
+from stator.testing.native_sockets import native_address, native_planes, with_native
+from stator.testing.plane_pair import paired, plane_host
+from stator.testing.plane_suite import Caller, PlanePair, PlaneSuite, count, eventually
+from stator.transports.native import NativeConfig
 from stator.transports.plane import PlaneHost
 from stator.transports.tcp import CompatibleClient, CompatibleServer, TcpConfig
 
@@ -54,20 +54,9 @@ def hosts(*, tls: bool = True, secret: str = "", directory: Path | None = None) 
 
 @asynccontextmanager
 async def native(here: PlaneHost, there: PlaneHost, *, unix: bool = False) -> AsyncIterator[PlanePair]:
-    config = NativeConfig(unix=unix)
-    server = await NativeServer.listen(config, here)
-    client = await NativeClient.start(config, there)
-
-    def cut() -> None:
-        for line in tuple(client._all):  # pyright: ignore[reportPrivateUsage] (no plane offers to break its network)
-            line.connection.abort(ConnectFailed("cut by the test"))
-
-    try:
-        yield PlanePair(server=server, client=client, cut=cut, open_streams=lambda: server.open_streams + client.open_streams)
-    finally:
-        await client.aclose()
-        await server.aclose()
-        assert not here.refusals.counts and not there.refusals.counts
+    async with native_planes(NativeConfig(unix=unix), here, there) as pair:
+        yield pair
+    assert not here.refusals.counts and not there.refusals.counts
 
 
 @asynccontextmanager
@@ -75,14 +64,9 @@ async def compatible(here: PlaneHost, there: PlaneHost) -> AsyncIterator[PlanePa
     config = TcpConfig(connect_timeout=20.0)  # each answer is a handshake, and hundreds are made at once
     server = await CompatibleServer.listen(config, here)
     client = await CompatibleClient.start(config, there)
-    try:
-        yield PlanePair(
-            server=server, client=client, cut=client.cut, open_streams=lambda: server.open_streams + client.open_streams
-        )
-    finally:
-        await client.aclose()
-        await server.aclose()
-        assert not here.refusals.counts and not there.refusals.counts
+    async with paired(server, client, cut=client.cut) as pair:
+        yield pair
+    assert not here.refusals.counts and not there.refusals.counts
 
 
 class TestNativeTls(PlaneSuite):
@@ -225,7 +209,8 @@ async def test_closing_does_not_wait_for_an_idle_handshake() -> None:
         caller = Caller(pair, here.wheel, count, "generate")
         host, _, port = native_address(caller.record).address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        await asyncio.sleep(0.05)  # it is accepted, and says nothing
+        server: Any = pair.server
+        await eventually(lambda: len(server._entrance._shaking) == 1, what="it is accepted")  # and says nothing
         started = asyncio.get_running_loop().time()
         await pair.server.aclose()
         with suppress(ConnectionError):

@@ -4,20 +4,18 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from random import Random
 from typing import Any, Self
 
 import msgspec
 
-from stator.config import Secret
 from stator.errors import ConnectFailed
 from stator.protocol.native.frames import CRITICAL, HELLO, FrameReader, frame
 from stator.protocol.native.hello import Hello
 from stator.protocol.records import EndpointRecord, NativeAddress, Transport
 from stator.runtime.engine import Handler
-from stator.security import Tls
-from stator.tasks import DeadlineWheel, SystemClock
+from stator.tasks import DeadlineWheel
 from stator.testing.native_pair import CLIENT_PROCESS, WORKER_PROCESS, Frame
+from stator.testing.plane_pair import paired, plane_host
 from stator.testing.plane_suite import INSTANCE, Caller, PlanePair
 from stator.transports.native import NativeClient, NativeConfig, NativeServer
 from stator.transports.plane import InstanceObserver, PlaneHost
@@ -28,35 +26,12 @@ __all__ = [
     "Recorder",
     "native_address",
     "native_caller",
+    "native_planes",
     "native_record",
     "plane_host",
     "raw_listener",
     "with_native",
 ]
-
-
-def plane_host(
-    process: str = WORKER_PROCESS,
-    *,
-    directory: Path | None = None,
-    observer: InstanceObserver | None = None,
-    wheel: DeadlineWheel | None = None,
-    tls: Tls | None = None,
-    secret: str = "",
-) -> PlaneHost:
-    """What a process on the loopback interface gives to its planes."""
-    return PlaneHost(
-        process=process,
-        bind_host="127.0.0.1",
-        advertise_host="127.0.0.1",
-        socket_directory=directory,
-        wheel=wheel or DeadlineWheel(asyncio.get_running_loop()),
-        clock=SystemClock(),
-        random=Random(1),
-        observer=observer,
-        tls=tls,
-        secret=Secret(secret) if secret else None,
-    )
 
 
 class Recorder:
@@ -79,6 +54,22 @@ class Recorder:
 
 
 @asynccontextmanager
+async def native_planes(
+    config: NativeConfig, here: PlaneHost, there: PlaneHost, *, client_config: NativeConfig | None = None
+) -> AsyncGenerator[PlanePair, None]:
+    """A worker's plane and a client's."""
+    server = await NativeServer.listen(config, here)
+    client = await NativeClient.start(client_config or config, there)
+
+    def cut() -> None:
+        for line in tuple(client._all):  # pyright: ignore[reportPrivateUsage] (no plane offers to break its network)
+            line.connection.abort(ConnectFailed("cut by the test"))
+
+    async with paired(server, client, cut=cut) as pair:
+        yield pair
+
+
+@asynccontextmanager
 async def native_caller(
     handler: Handler,
     *,
@@ -89,20 +80,12 @@ async def native_caller(
 ) -> AsyncGenerator[Caller, None]:
     """A worker that serves `handler` and a client of it, in one loop; the Unix socket is used if `directory` is given."""
     config = config or NativeConfig()
-    server = await NativeServer.listen(config, plane_host(directory=directory))
-    client = await NativeClient.start(client_config or config, plane_host(CLIENT_PROCESS, observer=observer))
-
-    def cut() -> None:
-        for line in tuple(client._all):  # pyright: ignore[reportPrivateUsage] (no plane offers to break its network)
-            line.connection.abort(ConnectFailed("cut by the test"))
-
+    here, there = plane_host(directory=directory), plane_host(CLIENT_PROCESS, observer=observer)
     wheel = DeadlineWheel(asyncio.get_running_loop(), resolution=0.02)
     try:
-        pair = PlanePair(server=server, client=client, cut=cut, open_streams=lambda: server.open_streams + client.open_streams)
-        yield Caller(pair, wheel, handler, "generate")
+        async with native_planes(config, here, there, client_config=client_config) as pair:
+            yield Caller(pair, wheel, handler, "generate")
     finally:
-        await client.aclose()
-        await server.aclose()
         wheel.close()
 
 
