@@ -27,7 +27,7 @@ async def test_a_killed_worker_gets_no_request(scale: Scale, away: bool, etcd: E
     async with site(scale, etcd, directory=tmp_path) as here:
         if away:
             await asyncio.to_thread(etcd.kill)
-            await asyncio.sleep(1.0)
+            await eventually(lambda: not here.runtime.discovery.status.connected, what="the client has noticed")
         victim = here.fleet.workers[0]
         asked, evidence = await _kill(here, victim)
         if away:
@@ -56,7 +56,7 @@ async def _kill(here: Site, victim: FleetWorker) -> tuple[float, float]:
         for number in range(len(streams)):
             group.create_task(read(number))
         await eventually(lambda: all(stream.instance_id for stream in streams), what="they are on their way")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # and have some items
         victim.kill()
     chosen = broke[0]
     deadline = loop.time() + max(1.0, 3 * here.scale.notice)
