@@ -1,6 +1,7 @@
 """The handler every worker serves, whatever carries it. Needs the standard library only.
 
-A request is `{"mode": …, "n": …}`; an item is ~35 bytes of JSON if nothing else is said, `expected_items(n)` are the items of a right answer.
+A request is `{"mode": …, "n": …}`; an item is ~35 bytes of JSON unless the table says otherwise,
+`expected_items(n)` are the items of a right answer.
 
 | mode | answer |
 |---|---|

@@ -77,11 +77,14 @@ def _timed(times: list[float]) -> Generator[None]:
 @contextmanager
 def _kept_memory() -> Generator[None]:
     """Only glibc has this to set; others are left as they are."""
-    tune = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-    tune(_MMAP_MAX, 0)
-    tune(_TRIM_THRESHOLD, 2**30)
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        yield
+        return
+    library.mallopt(_MMAP_MAX, 0)
+    library.mallopt(_TRIM_THRESHOLD, 2**30)
     try:
         yield
     finally:
-        tune(_MMAP_MAX, _USUAL_MMAP_MAX)
-        tune(_TRIM_THRESHOLD, _USUAL_TRIM_THRESHOLD)
+        library.mallopt(_MMAP_MAX, _USUAL_MMAP_MAX)
+        library.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM_THRESHOLD)
