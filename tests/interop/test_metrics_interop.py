@@ -148,13 +148,13 @@ async def test_the_same_requests_give_the_same_page(root: Path, port: int, worke
     handler = mine.handlers["generate"]
     handler.received(int(value_of(theirs, "dynamo_component_request_bytes_total", "generate")))
     with handler.inflight:
-        mine.process.first_response(0.001)
+        mine.process.first_response((0.001,))
         handler.responded(sum(len(json.dumps(frame, separators=(",", ":"))) for frame in frames))
-    handler.finished(0.001)
+    handler.finished((0.001,))
     handler = mine.handlers["broken"]
     handler.received(int(value_of(theirs, "dynamo_component_request_bytes_total", "broken")))
     handler.failed(WorkError.GENERATE)
-    handler.finished(0.001)
+    handler.finished((0.001,))
     for _ in range(2):
         mine.process.arrived(sent_ns=1, received_ns=2)
 

@@ -167,7 +167,7 @@ def test_a_request_that_went_well() -> None:
             inside.append(metrics.inflight.value)
             for flush in (frames[:2], frames[2:]):
                 metrics.responded(sum(map(len, flush)))
-        metrics.finished(0.25)
+        metrics.finished((0.25,))
 
     before = samples(level)
     assert before.keys() - {"dynamo_component_errors_total"} == before.keys() and set(before.values()) == {0}
@@ -247,7 +247,7 @@ def test_events_of_a_worker_process() -> None:
         f"{work}network_transit_seconds_count": 1,
     }
     assert changes(metrics, lambda: process.arrived(sent_ns=2, received_ns=1)) == {f"{work}network_transit_seconds_count": 1}
-    assert changes(metrics, lambda: process.first_response(0.5)) == {
+    assert changes(metrics, lambda: process.first_response((0.5,))) == {
         f"{work}time_to_first_response_seconds_sum": 0.5,
         f"{work}time_to_first_response_seconds_count": 1,
     }
@@ -274,7 +274,7 @@ def test_events_of_a_client_process() -> None:
         (plane.first_item, "roundtrip_ttft_seconds"),
     ):
         full = f"dynamo_request_plane_{name}"
-        assert changes(metrics, lambda event=event: event(0.5)) == {f"{full}_sum": 0.5, f"{full}_count": 1}
+        assert changes(metrics, lambda event=event: event((0.5, 0.25))) == {f"{full}_sum": 0.75, f"{full}_count": 2}
     assert changes(metrics, lambda: plane.tcp_sent(100)) == {"dynamo_transport_tcp_bytes_sent_total": 100}
     assert changes(metrics, lambda: plane.tcp_received(7)) == {"dynamo_transport_tcp_bytes_received_total": 7}
     assert changes(metrics, plane.tcp_failed) == {"dynamo_transport_tcp_errors_total": 1}

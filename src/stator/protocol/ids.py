@@ -1,6 +1,7 @@
 """Names and identifiers: endpoint ids, instance ids, paths, slugs (`spec/20 §1`)."""
 
 import re
+from functools import lru_cache
 
 import msgspec
 
@@ -68,6 +69,7 @@ def parse_instance_id(text: str) -> int:
     return value
 
 
+@lru_cache(maxsize=4096)
 def endpoint_path(instance_id: int, endpoint: str) -> str:
     """The path a worker listens on: `{hex}/{endpoint}` (`spec/10 §1.1`)."""
     return f"{format_instance_id(instance_id)}/{endpoint}"

@@ -155,9 +155,8 @@ class CallMeter:
         metrics = self._metrics
         metrics.inflight.set(self.open)
         pairs = ((metrics.queued, self.queued), (metrics.sent, self.sent), (metrics.first_item, self.answered))
-        for observe, values in pairs:
-            for value in values:
-                observe(value)
+        for observe_all, values in pairs:
+            observe_all(values)
             values.clear()
         now, shown = self._traffic, self._shown
         metrics.tcp_sent(now.sent - shown.sent)
@@ -250,9 +249,8 @@ class EndpointMeter:
             now = getattr(self, name)
             counter.value += now - self._shown[name]
             self._shown[name] = now
-        for observe, values in ((self._handler.finished, self.durations), (self._worker.first_response, self.firsts)):
-            for value in values:
-                observe(value)
+        for observe_all, values in ((self._handler.finished, self.durations), (self._worker.first_response, self.firsts)):
+            observe_all(values)
             values.clear()
         running = tuple(self._running())
         self._handler.inflight.set(len(running))

@@ -236,8 +236,8 @@ class ResponseStream:
                 await self._services.network.open(record, self._envelope, inbox)
                 if self._stopped:
                     inbox.stop()
-                if inbox.phase < Phase.FIRST_ITEM:
-                    await inbox.opened()
+                while inbox.phase < _FIRST_ITEM:
+                    await inbox.news()
                 self._calls.sent.append(self._now() - self._mark)
             except StatorError as error:
                 inbox.finish(error)
@@ -417,6 +417,6 @@ def _abandon(inbox: Inbox, view: InstanceView, candidate: Candidate | None, call
         calls.open -= 1
 
 
-_ENDED = Phase.ENDED
+_FIRST_ITEM, _ENDED = Phase.FIRST_ITEM, Phase.ENDED
 _INHIBITING_PHASES = {Phase.CONNECT.label: "connect", Phase.ACCEPT.label: "accept", Phase.CALL_HOME.label: "call_home"}
 """phases by label → the limit for them"""

@@ -4,7 +4,7 @@ The token path calls `responded` once per flush with the bytes that left: nothin
 Gauges are context managers, so that they are back where they were whichever way a request ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 
 from stator.errors import UsageError
@@ -49,7 +49,7 @@ class WorkHandlerMetrics:
         with metrics.inflight:
             …
             metrics.responded(len(flushed_frames))
-        metrics.finished(seconds)
+        metrics.finished([seconds])
 
     All show 0 from the start, except errors, which show up with the first one.
     """
@@ -116,9 +116,9 @@ class WorkHandlerMetrics:
         """A flush left. `bytes`: its JSON frames, the final one included; not prologue, sentinel and framing."""
         self._response_bytes.value += bytes
 
-    def finished(self, seconds: float) -> None:
-        """A request ended, whichever way, so long after it entered. Once for each `received`."""
-        self._duration.observe(seconds)
+    def finished(self, seconds: Collection[float]) -> None:
+        """Requests ended, whichever way, each so long after it entered. Once for each `received`."""
+        self._duration.observe_all(seconds)
 
     def failed(self, kind: WorkError) -> None:
         """A request failed. An error raised by the handler's generator is an item, and none of these."""
@@ -193,9 +193,9 @@ class WorkerProcessMetrics:
         """A request that says when it was sent is here. Wall clocks in nanoseconds; a clock that is behind counts as 0."""
         self._transit.observe(max(0, received_ns - sent_ns) / 1e9)
 
-    def first_response(self, seconds: float) -> None:
-        """The prologue of a request was sent so long after it entered; not called if the handler failed before."""
-        self._first_response.observe(seconds)
+    def first_response(self, seconds: Collection[float]) -> None:
+        """Prologues were sent, each so long after its request entered; without those whose handler failed before."""
+        self._first_response.observe_all(seconds)
 
     def waited(self, seconds: float) -> None:
         """A request got its slot after so long; not called if one was free at once."""
@@ -244,17 +244,17 @@ class RequestPlaneMetrics:
             transport.NATS_ERRORS_TOTAL, "Total NATS request errors", (Label.ERROR_TYPE,), limit=32
         )
 
-    def queued(self, seconds: float) -> None:
-        """A request is about to be sent, so long after the call was made."""
-        self._queue.observe(seconds)
+    def queued(self, seconds: Collection[float]) -> None:
+        """Requests were about to be sent, each so long after its call was made."""
+        self._queue.observe_all(seconds)
 
-    def sent(self, seconds: float) -> None:
-        """A request was sent and acknowledged within so long."""
-        self._send.observe(seconds)
+    def sent(self, seconds: Collection[float]) -> None:
+        """Requests were sent and acknowledged, each within so long."""
+        self._send.observe_all(seconds)
 
-    def first_item(self, seconds: float) -> None:
-        """The first item of an answer came so long after its request was sent."""
-        self._roundtrip.observe(seconds)
+    def first_item(self, seconds: Collection[float]) -> None:
+        """The first items of answers came, each so long after its request was sent."""
+        self._roundtrip.observe_all(seconds)
 
     def tcp_sent(self, bytes: int) -> None:
         """So many bytes of requests were sent over TCP."""

@@ -80,12 +80,14 @@ class ServerProcess:
 
     @contextmanager
     def standing_still(self) -> Generator[None, None, None]:
-        """A server that is there and does nothing, inside the block."""
+        """A server that is there and does nothing, inside the block. RuntimeError when it goes on all the same."""
         pid = self.pid
         os.kill(pid, signal.SIGSTOP)
         try:
             deadline = time.monotonic() + _STANDING
-            while _states(pid) != {"T"} and time.monotonic() < deadline:
+            while (states := _states(pid)) != {"T"}:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the server does not stand still, its threads are {sorted(states)}")
                 time.sleep(0.001)
             yield
         finally:
