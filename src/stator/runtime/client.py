@@ -127,8 +127,9 @@ class Client:
 
         Raises `UsageError` at once for a request without JSON form or unknown limits; everything else is raised by the stream.
         """
-        patience = self._patience_for(timeout, limits)
-        return self._call(request, context, self._route_to(instance, retry), id, metadata, headers, patience)
+        patience = self._patience if timeout is None and not limits else self._patience_for(timeout, limits)
+        route = self._plain if instance is None and retry == "auto" else self._route_to(instance, retry)
+        return self._call(request, context, route, id, metadata, headers, patience)
 
     def converse(
         self,

@@ -1,40 +1,21 @@
 """A native session on a socket: bytes in both directions, one write per loop tick, liveness on the wheel."""
 
-import asyncio
 import logging
-import socket
 from collections.abc import Callable
-from typing import cast
 
 from stator.errors import ConnectFailed, NotTrusted, PeerProtocolError, StatorError, Timeout
 from stator.protocol.native.hello import Goaway
 from stator.protocol.native.liveness import Verdict
 from stator.protocol.native.session import Session
-from stator.tasks.wheel import DeadlineWheel, Timed
+from stator.tasks.wheel import DeadlineWheel
+from stator.transports.session_connection import LOOK, SessionConnection
 
-__all__ = ["Connection", "set_no_delay"]
+__all__ = ["Connection"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_REPLIES = 2 * 1024 * 1024
-"""bytes in a worker's transport at which it stops reading: stream data waits for the transport, so these are answers to frames of a
-client that sends and does not read"""
 
-_LOOK = 0.1
-"""seconds between looks at a connection whose HELLO has not arrived"""
-
-_CLOSE_LIMIT = 2.0
-"""seconds in which the other side must take what was written before the close"""
-
-
-def set_no_delay(transport: asyncio.BaseTransport) -> None:
-    """Turn Nagle's algorithm off where the transport is TCP."""
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-class Connection(asyncio.Protocol):
+class Connection(SessionConnection):
     """One socket and its session. The owner makes the session with `wake=connection.wake`, then calls `attach`.
 
     `lost(reason)` is called exactly once when the connection has ended, for whatever reason; `judged(verdict)` after each look at the
@@ -43,8 +24,6 @@ class Connection(asyncio.Protocol):
 
     A worker that cannot write its answers stops reading (`throttled`); a client always reads, so that the two never wait for each other.
     """
-
-    slot: set[Timed] | None = None
 
     def __init__(
         self,
@@ -57,42 +36,19 @@ class Connection(asyncio.Protocol):
         refused: Callable[[StatorError], None] | None = None,
         throttled: bool = False,
     ) -> None:
-        self._wheel = wheel
+        super().__init__(wheel=wheel, patience=patience)
         self._lost = lost
         self._judged = judged
         self._recovered = recovered
         self._refused = refused
-        self._transport: asyncio.Transport | None = None
-        self._session: Session | None = None
-        self._scheduled = False
-        self._reason: StatorError | None = None
-        self._patience = patience
-        self._greet_by = 0.0
         self._throttled = throttled
-        self._held = False
+        self._session: Session | None = None
 
     def attach(self, session: Session) -> None:
         """The session whose bytes this connection carries."""
         self._session = session
 
-    @property
-    def open(self) -> bool:
-        """Whether there is a socket that can be written to."""
-        return self._transport is not None and not self._transport.is_closing()
-
     # -- asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
-        if self._reason is not None:
-            self._transport.abort()
-            return
-        set_no_delay(transport)
-        self._transport.set_write_buffer_limits(high=0)  # writes go to the kernel at once; what it refuses pauses producers
-        now = self._wheel.now()
-        self._greet_by = now + self._patience
-        self._wheel.arm(self, now + _LOOK)
-        self.flush()
 
     def data_received(self, data: bytes) -> None:
         session = self._session
@@ -117,10 +73,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self._session is not None:
             self._session.outgoing.resume()
-        if self._held:
-            self._held = False
-            if self._transport is not None and not self._transport.is_closing():
-                self._transport.resume_reading()
+        super().resume_writing()
 
     def eof_received(self) -> None:
         """The other side has ended: nobody reads what still waits here."""
@@ -134,12 +87,6 @@ class Connection(asyncio.Protocol):
             self._lost(self, self._reason or _reason_of(exc))
 
     # -- sending
-
-    def wake(self) -> None:
-        """The session has something to send: write it at the end of this loop tick."""
-        if not self._scheduled:
-            self._scheduled = True
-            self._wheel.loop.call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
         self._scheduled = False
@@ -156,13 +103,8 @@ class Connection(asyncio.Protocol):
         data = outgoing.data_to_send()
         if data:
             transport.write(data)
-            if not outgoing.writable and self._throttled and not self._held:
+            if not outgoing.writable and self._throttled:
                 self._hold(transport)
-
-    def _hold(self, transport: asyncio.Transport) -> None:
-        if transport.get_write_buffer_size() > _MOST_REPLIES and not transport.is_closing():
-            self._held = True
-            transport.pause_reading()
 
     # -- ending
 
@@ -181,10 +123,10 @@ class Connection(asyncio.Protocol):
             code = "no_version" if type(error) is ConnectFailed else error.code
             self._session.say_goodbye(Goaway(code=code, reason=error.message))
             self.flush()
-            self._finish(transport)
+            self._close_soon(transport)
 
     def close(self, reason: StatorError) -> None:
-        """Write what is queued and close; `lost` follows when it has left, at most `_CLOSE_LIMIT` seconds later. Idempotent."""
+        """Write what is queued and close; `lost` follows when it has left, or after 2 s. Idempotent."""
         if self._reason is not None:
             return
         self._reason = reason
@@ -194,18 +136,7 @@ class Connection(asyncio.Protocol):
             while outgoing:  # bounded by the streams' credit
                 outgoing.writable = True
                 transport.write(outgoing.data_to_send())
-            self._finish(transport)
-
-    def _finish(self, transport: asyncio.Transport) -> None:
-        transport.close()
-        self._wheel.arm(self, self._wheel.now() + _CLOSE_LIMIT)
-
-    def abort(self, reason: StatorError) -> None:
-        """Close without writing what is queued. Idempotent."""
-        if self._reason is None:
-            self._reason = reason
-        if self._transport is not None:
-            self._transport.abort()
+            self._close_soon(transport)
 
     # -- liveness
 
@@ -219,7 +150,7 @@ class Connection(asyncio.Protocol):
             return 0.0
         if session.peer is None:
             if now < self._greet_by:
-                return min(now + _LOOK, self._greet_by)
+                return min(now + LOOK, self._greet_by)
             what = "PROOF of the cluster secret" if session.greeting else "HELLO"
             self.refuse(Timeout(f"no {what} within {self._patience} s", phase="connect"))
             return 0.0
