@@ -1,17 +1,13 @@
 """Does time stay in proportion to size: how much longer does a request or an item of 30 MB take than one of 10 MB?"""
 
-import tempfile
-from pathlib import Path
-
-from benchmarks.children import ChildFailed
-from benchmarks.contenders import REFERENCES, RUNTIMES, Contender, choose, start, stator
-from benchmarks.report import Plan, Report, Row, Samples, Target
+from benchmarks.alone import MOST_REPEATS, measure_alone
+from benchmarks.contenders import REFERENCES, RUNTIMES, Session, choose, stator
+from benchmarks.report import Plan, Report, Row, Target
 
 __all__ = ["answer"]
 
 _ROUNDS, _QUICK_ROUNDS = 20, 2
 _LIMIT = 240.0
-_MOST_REPEATS = 3
 _KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 """The C library keeps freed blocks of any size for the next use."""
 _WAYS = {"there": "request", "back": "item"}
@@ -33,18 +29,19 @@ _METHOD = (
     "What is above three is mostly memory: the C library gives freed blocks of this size back to the kernel, and each page of a "
     "block that is new costs a fault. In the columns *memory kept* worker and client run with MALLOC_MMAP_MAX_=0 and "
     "MALLOC_TRIM_THRESHOLD_=1073741824, and keep them.",
-    f"At most {_MOST_REPEATS} repeats, fresh processes in each, one contender alive at a time.",
+    f"At most {MOST_REPEATS} repeats, fresh processes in each, one contender alive at a time.",
 )
 
 
 def answer(plan: Plan) -> Report:
     """Measure all chosen contenders."""
     contenders = choose(_CONTENDERS, plan.contenders)
-    samples, unavailable = Samples(), dict[str, str]()
-    for repeat in range(min(plan.repeats, _MOST_REPEATS)):
-        for contender in contenders:
-            if contender.name not in unavailable:
-                _measure(contender, repeat, plan, samples, unavailable)
+    rounds = _QUICK_ROUNDS if plan.quick else _ROUNDS
+
+    def measure(session: Session) -> dict[str, dict[str, float]]:
+        return {way: session.measure({"measure": "large", "way": way, "rounds": rounds}, within=_LIMIT) for way in _WAYS}
+
+    samples, unavailable = measure_alone(contenders, plan, measure)
     return Report(
         name="large_messages",
         question=(__doc__ or "").strip(),
@@ -60,16 +57,3 @@ def answer(plan: Plan) -> Report:
         ],
         unavailable=unavailable,
     )
-
-
-def _measure(contender: Contender, repeat: int, plan: Plan, samples: Samples, unavailable: dict[str, str]) -> None:
-    rounds = _QUICK_ROUNDS if plan.quick else _ROUNDS
-    with tempfile.TemporaryDirectory(prefix="stator-bench-") as directory:
-        try:
-            with start(contender, Path(directory)) as session:
-                for way in _WAYS:
-                    order = {"measure": "large", "way": way, "rounds": rounds}
-                    samples.add(way, contender.name, repeat, session.measure(order, within=_LIMIT))
-        except ChildFailed as failure:
-            unavailable[contender.name] = str(failure)
-            samples.void(contender.name)
