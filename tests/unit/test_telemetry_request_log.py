@@ -83,10 +83,22 @@ async def test_a_text_line_reads_like_all_others(out: Log) -> None:
     mine, other = out.lines
     assert mine.partition("Z ")[2] == (
         ' INFO stator.request: request completed request_id="r 1" outcome=error error=timeout items=0 response_bytes=0'
-        " queued_ms=500.0 duration_ms=2500.0 component=my-backend endpoint=generate namespace=demo"
+        " queued_ms=500.000 duration_ms=2500.000 component=my-backend endpoint=generate namespace=demo"
         " instance_id=14451041136425923337"
     )
     assert mine.partition("Z ")[2][:21] == other.partition("Z ")[2][:21]
+
+
+async def test_a_text_line_says_how_far_a_request_came(out: Log) -> None:
+    log = out.configure()
+    out.complete(queued=0.0, first=0.0)
+    out.complete(first=0.0)
+    out.complete()
+    log.flush()
+    refused, started, answered = out.lines
+    assert ("queued_ms" in refused, "first_response_ms" in refused) == (False, False)
+    assert ("queued_ms" in started, "first_response_ms" in started) == (True, False)
+    assert ("queued_ms" in answered, "first_response_ms" in answered) == (True, True)
 
 
 async def test_the_time_of_a_line_is_when_the_request_ended(out: Log) -> None:
