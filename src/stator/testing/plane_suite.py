@@ -10,8 +10,9 @@ The cases go through the runtime's own serving driver and inboxes, so that what 
 import asyncio
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
@@ -133,6 +134,23 @@ async def drain(inbox: Inbox, into: list[Any] | None = None) -> list[Any]:
         items.extend(inbox.items)
         inbox.items.clear()
     return items
+
+
+@contextmanager
+def uncollected() -> Generator[Counter[str]]:
+    """Types of our objects that the block leaves to the cyclic garbage collector, and how many; filled when the block ends."""
+    found = Counter[str]()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield found
+        gc.collect()
+        found.update(type(each).__qualname__ for each in gc.garbage if type(each).__module__.startswith("stator"))
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 async def count(request: Any, context: Context) -> AsyncIterator[Any]:
@@ -528,3 +546,27 @@ class PlaneSuite(ABC):
             await eventually(lambda: caller.serving.inflight == 0)
             await eventually(lambda: caller.pair.open_streams() == 0, what="streams closed")
             await eventually(lambda: len(asyncio.all_tasks()) <= tasks, what="no task left")
+
+    @pytest.mark.parametrize("killed", [False, True])
+    async def test_an_ended_request_leaves_the_collector_nothing(self, killed: bool) -> None:
+        """What waits for the collector stays in memory for long, and a request may be large."""
+        async with self.serving(endless if killed else count) as caller:
+
+            async def five() -> None:
+                for number in range(5):
+                    inbox = await caller.open({"n": 3}, id=f"r{number}")
+                    if killed:
+                        assert await inbox.more()
+                        inbox.kill()
+                    else:
+                        assert len(await drain(inbox)) == 3
+                await eventually(lambda: caller.serving.inflight == 0)
+                await eventually(lambda: caller.pair.open_streams() == 0, what="streams closed")
+                await eventually(lambda: caller.finished == 5)
+                caller.contexts.clear()
+                caller.finished = 0
+
+            await five()
+            with uncollected() as found:
+                await five()
+            assert not found, found

@@ -189,7 +189,7 @@ class _Stream:
         if not self._dead:
             self._later(lambda: self._inbox.finish(error))
             self._later(self.forget)
-            self._later(self._end_inputs)
+            self._later(self._let_go)
 
     # -- StreamLink
 
@@ -201,7 +201,7 @@ class _Stream:
     def kill(self) -> None:
         self.forget()
         self._later(lambda: self._control is not None and self._control.kill())
-        self._later(self._end_inputs)
+        self._later(self._let_go)
 
     def taken(self) -> None:
         self._unread = 0
@@ -225,9 +225,11 @@ class _Stream:
         self._inbox.cut(reason)
         if self._control is not None:
             self._control.kill()
-        self._end_inputs()
+        self._let_go()
 
-    def _end_inputs(self) -> None:
+    def _let_go(self) -> None:
+        """The last step: of the inputs, and of the request, which has this as its responder."""
+        self._control = None
         if self.inputs is not None:
             self.inputs.stream.finish(Cancelled("the request has ended"))
 

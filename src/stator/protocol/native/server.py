@@ -55,6 +55,7 @@ class ServerStream(Sender):
     def __init__(self, session: "ServerSession", number: int, credit: int) -> None:
         super().__init__(session.outgoing, number, credit)
         self.control: Control | None = None
+        """the running request, which has this as its responder: let go of at the end, or each request were a cycle for the collector"""
         self.dead = False
         """nothing more leaves: ended, refused, killed or cut"""
         self.inputs: InputReader | None = None
@@ -86,11 +87,13 @@ class ServerStream(Sender):
     def refuse(self, error: StatorError) -> None:
         if not self.dead:
             self._close()
+            self.control = None
             self.outgoing.control(frame(REFUSE, self.number, encode_error(error)))
 
     def end(self, error: StatorError | None = None) -> None:
         if not self.dead:
             self._close()
+            self.control = None
             self.finish(b"" if error is None else encode_error(error))
 
     def cancel(self) -> None:
@@ -106,8 +109,9 @@ class ServerStream(Sender):
         self.dead = True
         self._end_inputs()
         self.credited()
-        if self.control is not None:
-            self.control.kill()
+        control, self.control = self.control, None
+        if control is not None:
+            control.kill()
 
     def _close(self) -> None:
         self.dead = True
@@ -298,7 +302,8 @@ class ServerSession(Session):
             logger.exception("request %s could not be taken", id)
             stream.refuse(StatorError(f"the worker could not take the request: {type(error).__name__}"))
             return
-        stream.control = control
+        if not stream.dead:
+            stream.control = control
 
     def _read_value(self, sink: Sink, body: bytes | memoryview, start: int) -> Any:
         try:
