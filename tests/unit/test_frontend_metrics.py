@@ -15,6 +15,7 @@ from stator.telemetry import MetricSet
 from stator.testing.fake_models import FakeEngine, FakeModels
 from stator.testing.frontend_kit import page_sample
 from stator.testing.manual_clock import ManualClock
+from stator.testing.plane_suite import uncollected
 
 PROMPT = 12
 
@@ -184,19 +185,33 @@ def test_preparing_is_a_stage_with_parts() -> None:
 def test_template_and_tokens_are_timed_apart() -> None:
     served = echo()
     readings = iter(range(100))
-    chat = PromptTiming(served.preprocessor, lambda: float(next(readings)))
-    built = chat.preprocessor.chat(parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}'))
+
+    def now() -> float:
+        return float(next(readings))
+
+    chat = PromptTiming()
+    built = chat.of(served.preprocessor, now).chat(parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}'))
     assert (
         built.token_ids
         == served.preprocessor.chat(parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}')).token_ids
     )
     assert (chat.template, chat.tokenize) == (1.0, 1.0)
-    text = PromptTiming(served.preprocessor, lambda: float(next(readings)))
-    text.preprocessor.completion(parse_completion(b'{"model":"echo","prompt":"hi"}'), "hi")
+    text = PromptTiming()
+    text.of(served.preprocessor, now).completion(parse_completion(b'{"model":"echo","prompt":"hi"}'), "hi")
     assert (text.template, text.tokenize) == (None, 1.0)
-    ready = PromptTiming(served.preprocessor, lambda: float(next(readings)))
-    ready.preprocessor.completion(parse_completion(b'{"model":"echo","prompt":[1,2]}'), [1, 2])
+    ready = PromptTiming()
+    ready.of(served.preprocessor, now).completion(parse_completion(b'{"model":"echo","prompt":[1,2]}'), [1, 2])
     assert (ready.template, ready.tokenize) == (None, None)
+
+
+def test_timing_leaves_the_collector_nothing() -> None:
+    served = echo()
+    request = parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}')
+    with uncollected() as found:
+        timing = PromptTiming()
+        timing.of(served.preprocessor, lambda: 0.0).chat(request)
+        del timing
+    assert not found, found
 
 
 def test_each_worker_shows_what_it_did_last_until_it_is_gone() -> None:

@@ -163,13 +163,14 @@ class Generation:
         """Tokenise, and number the choices. Happens while the request may be waiting for its turn."""
         meter, now = ticket.meter, self._state.clock.monotonic
         assert meter is not None
-        timing = PromptTiming(served.preprocessor, now)
+        timing = PromptTiming()
+        preprocessor = timing.of(served.preprocessor, now)
         begin = now()
         with meter.preparing():
             if large:
-                prompts = await asyncio.to_thread(_preprocess, timing.preprocessor, request)
+                prompts = await asyncio.to_thread(_preprocess, preprocessor, request)
             else:
-                prompts = _preprocess(timing.preprocessor, request)
+                prompts = _preprocess(preprocessor, request)
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
         meter.prompt(tokens, now() - begin, timing)
         if ticket.grant is not None:

@@ -12,21 +12,21 @@ __all__ = ["PromptTiming"]
 
 
 class PromptTiming:
-    """Times one request. `preprocessor` does what the given one does; use it from one thread at a time.
+    """Times one request: `template` and `tokenize` are in seconds, None if there was nothing of the kind to do."""
 
-    `template` and `tokenize` are in seconds, None if there was nothing of the kind to do.
-    """
+    __slots__ = ("template", "tokenize")
 
-    __slots__ = ("_now", "preprocessor", "template", "tokenize")
-
-    def __init__(self, preprocessor: Preprocessor, now: Callable[[], float]) -> None:
-        self._now = now
+    def __init__(self) -> None:
         self.template: float | None = None
         self.tokenize: float | None = None
-        self.preprocessor = copy.copy(preprocessor)
-        self.preprocessor.tokenizer = cast("Tokenizer", _Timed(preprocessor.tokenizer, "encode", self._encoded, now))
+
+    def of(self, preprocessor: Preprocessor, now: Callable[[], float]) -> Preprocessor:
+        """One that does the same and is timed; use it from one thread at a time."""
+        timed = copy.copy(preprocessor)
+        timed.tokenizer = cast("Tokenizer", _Timed(preprocessor.tokenizer, "encode", self._encoded, now))
         if preprocessor.template is not None:
-            self.preprocessor.template = cast("ChatTemplate", _Timed(preprocessor.template, "render", self._rendered, now))
+            timed.template = cast("ChatTemplate", _Timed(preprocessor.template, "render", self._rendered, now))
+        return timed
 
     def _encoded(self, seconds: float) -> None:
         self.tokenize = (self.tokenize or 0.0) + seconds

@@ -37,7 +37,7 @@ from stator.tasks import DeadlineWheel
 from stator.transports.inbox import Inbox, Patience, PhaseLimits
 from stator.transports.plane import PlaneClient, PlaneServer
 
-__all__ = ["Caller", "PlanePair", "PlaneSuite", "count", "eventually"]
+__all__ = ["Caller", "PlanePair", "PlaneSuite", "count", "eventually", "uncollected"]
 
 INSTANCE = 0x123456789ABCDEF
 
