@@ -57,7 +57,9 @@ async def test_requests_over_tcp_do_not_notice(
             await asyncio.sleep(outage - 0.5)
             assert not heard
             await asyncio.to_thread(nats.start)
-            await eventually(lambda: set(heard) == here.fleet.ids, within=BACK * scale.slack + 1, what="everybody is heard again")
+            await eventually(
+                lambda: set(heard) == here.fleet.ids, within=BACK * scale.slack + 1, what="everybody is heard again"
+            )
             hearing.cancel()
         here.fleet.check()
         assert set(here.client.instance_ids()) == here.fleet.ids
