@@ -254,14 +254,14 @@ async def test_a_slow_reader_costs_the_other_ninety_nine_nothing(pause: float) -
 
         await rate(0.5)
         ratios: list[float] = []
-        while sum(ratio >= 0.8 for ratio in ratios) < 3:  # alternately, since the machine has moods
-            assert len(ratios) < 9, ratios
+        for _ in range(5):  # alternately, since the machine has moods
             together = await rate(1)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             ratios.append(await rate(1) / together)
             assert held(caller, slow.inbox) <= 100 * (256 * 1024 + 1000)
             reading = asyncio.create_task(slow.read())
+        assert sorted(ratios)[2] >= 0.8, ratios
         for stream in streams:
             stream.inbox.kill()
         await asyncio.gather(*readers, reading, return_exceptions=True)
