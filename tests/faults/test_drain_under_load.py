@@ -1,6 +1,7 @@
 """Worker processes that are told to end while they are busy: nobody notices, or is told why, in time."""
 
 import asyncio
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.timeout(100), pytest.mark.load]
 
 EVERY = ("native", "native-tcp", "compatible")
 STREAMS = 100
+BESIDE = 8
 ITEMS, PAUSE = 30, 0.1
 WHO = {"do": "who"}
 
@@ -42,7 +44,7 @@ async def test_a_busy_worker_that_is_told_to_end_fails_nobody(plane: str, tmp_pa
         load = Load(here.client, WHO, None)
         async with asyncio.TaskGroup() as group:
             reading = [group.create_task(stream.collect()) for stream in streams]
-            with load.by(8, group):
+            with load.by(BESIDE, group):
                 leaving.send(signal.SIGTERM)
                 await eventually(lambda: here.client.instance_ids() == [staying.id], what="its record is gone")
                 assert leaving.process.returncode is None
@@ -54,7 +56,9 @@ async def test_a_busy_worker_that_is_told_to_end_fails_nobody(plane: str, tmp_pa
         assert load.done > 100
         longest = ITEMS * PAUSE
         assert longest * 0.9 < took < longest + 2.0
-        assert f"waiting for {STREAMS} requests, at most 30 s" in leaving.log
+        waiting = re.search(r"waiting for (\d+) requests, at most 30 s", leaving.log)
+        assert waiting is not None
+        assert STREAMS <= int(waiting[1]) <= STREAMS + BESIDE  # some of the load may have reached it before the signal
         assert "ERROR" not in leaving.log and "Traceback" not in leaving.log
 
 
