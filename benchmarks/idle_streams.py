@@ -1,8 +1,8 @@
 """What does an open stream that says nothing cost: resident memory of worker and client for 10 000 of them."""
 
-from benchmarks.alone import MOST_REPEATS, measure_alone
+from benchmarks.alone import MOST_REPEATS, report_alone
 from benchmarks.contenders import FLOOR, NATIVE_TCP, QUIET, RUNTIMES, Session, choose
-from benchmarks.report import Plan, Report, Row, Target
+from benchmarks.report import Plan, Report, Row
 
 __all__ = ["answer"]
 
@@ -33,19 +33,14 @@ def answer(plan: Plan) -> Report:
         metrics = session.measure({"measure": "idle", "streams": streams}, within=_LIMIT)
         return {row.name: metrics for row in _ROWS}
 
-    samples, unavailable = measure_alone(contenders, plan, measure)
-    return Report(
-        name="idle_streams",
-        question=(__doc__ or "").strip(),
-        method=_METHOD,
-        rows=_ROWS,
-        contenders=[(contender.name, contender.label) for contender in contenders],
-        samples=samples,
-        targets=[
-            Target(row=row.name, contender=contender.name, sense="at most", limit=10.0, wording="≤ 10 KB")
-            for contender in contenders
-            if contender.name.startswith("stator-")
-            for row in _ROWS
-        ],
-        unavailable=unavailable,
+    return report_alone(
+        "idle_streams",
+        __doc__ or "",
+        _METHOD,
+        _ROWS,
+        contenders=contenders,
+        plan=plan,
+        measure=measure,
+        limit=10.0,
+        wording="≤ 10 KB",
     )

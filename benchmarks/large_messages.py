@@ -1,8 +1,8 @@
 """Does time stay in proportion to size: how much longer does a request or an item of 30 MB take than one of 10 MB?"""
 
-from benchmarks.alone import MOST_REPEATS, measure_alone
+from benchmarks.alone import MOST_REPEATS, report_alone
 from benchmarks.contenders import REFERENCES, RUNTIMES, Session, choose, stator
-from benchmarks.report import Plan, Report, Row, Target
+from benchmarks.report import Plan, Report, Row
 
 __all__ = ["answer"]
 
@@ -41,19 +41,14 @@ def answer(plan: Plan) -> Report:
     def measure(session: Session) -> dict[str, dict[str, float]]:
         return {way: session.measure({"measure": "large", "way": way, "rounds": rounds}, within=_LIMIT) for way in _WAYS}
 
-    samples, unavailable = measure_alone(contenders, plan, measure)
-    return Report(
-        name="large_messages",
-        question=(__doc__ or "").strip(),
-        method=_METHOD,
-        rows=_ROWS,
-        contenders=[(contender.name, contender.label) for contender in contenders],
-        samples=samples,
-        targets=[
-            Target(row=row.name, contender=contender.name, sense="at most", limit=4.0, wording="30 MB ≤ 4 × 10 MB")
-            for contender in contenders
-            if contender.name.startswith("stator-")
-            for row in _ROWS
-        ],
-        unavailable=unavailable,
+    return report_alone(
+        "large_messages",
+        __doc__ or "",
+        _METHOD,
+        _ROWS,
+        contenders=contenders,
+        plan=plan,
+        measure=measure,
+        limit=4.0,
+        wording="30 MB ≤ 4 × 10 MB",
     )

@@ -1,49 +1,31 @@
 """Worker processes that are stopped, blocked, killed and replaced, as their callers see it."""
 
 import asyncio
-import json
 import signal
 import socket
-import sys
-import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faults.worker_processes import Site, WorkerProcess, site_of
 from stator.errors import ConnectFailed, Disconnected, StatorError, StreamIncomplete, Unavailable
-from stator.runtime import Client, Runtime
-from stator.testing.cluster import ENDPOINT, PLANES, held_by, open_files, tasks_now
+from stator.runtime import Client
 from stator.testing.plane_suite import eventually
 
 pytestmark = pytest.mark.timeout(100)
 
-SCRIPT = Path(__file__).with_name("runtime_worker.py")
 NATIVE = ("native", "native-tcp")
 EVERY = (*NATIVE, "compatible")
 STREAMS = 5
 """on each worker"""
 
 
-class Worker:
-    """A worker process."""
-
-    def __init__(self, process: asyncio.subprocess.Process, id: int) -> None:
-        self.process = process
-        self.id = id
-        self.quiet: dict[str, int] = {}
-        """what it holds when it has nothing to do"""
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-
 class Reader:
     """Reads one stream in a task and notes what came when."""
 
-    def __init__(self, group: asyncio.TaskGroup, client: Client, request: Any, worker: Worker) -> None:
+    def __init__(self, group: asyncio.TaskGroup, client: Client, request: Any, worker: WorkerProcess) -> None:
         self.items: list[Any] = []
         self.error: StatorError | None = None
         self.ended_at = 0.0
@@ -63,24 +45,14 @@ class Reader:
         self._stream.kill()
 
 
-class Site:
-    """A caller's runtime, a client, and worker processes that come and go."""
+class WatchedSite(Site):
+    """Its workers say what they hold."""
 
-    def __init__(self, plane: str, root: Path, sockets: str, runtime: Runtime, client: Client, stack: AsyncExitStack) -> None:
-        self.plane = plane
-        self.runtime = runtime
-        self.client = client
-        self._settings = {"discovery": "file", "file__root": str(root), **PLANES[plane]}
-        self._sockets = sockets
-        self._stack = stack
-        self._listed = 0
+    script = Path(__file__).with_name("runtime_worker.py")
 
-    async def worker(self, **settings: Any) -> Worker:
+    async def worker(self, **settings: Any) -> WorkerProcess:
         """Start one and wait until the client sees it."""
-        worker = await self._stack.enter_async_context(_process({**self._settings, **settings}, self._sockets))
-        async with asyncio.timeout(20):
-            while worker.id not in self.client.instance_ids():
-                await asyncio.sleep(0.01)
+        worker = await super().worker(**settings)
         await self.facts(worker)  # makes the connection
         worker.quiet = await self.facts(worker)
         return worker
@@ -89,58 +61,26 @@ class Site:
         """Who answers."""
         return (await self.client.generate({"do": "who"}, **options).collect())[0]
 
-    async def facts(self, worker: Worker) -> dict[str, int]:
+    async def facts(self, worker: WorkerProcess) -> dict[str, int]:
         """What `worker` holds, this question aside."""
         return (await self.client.direct({"do": "facts"}, worker.id).collect())[0]
 
-    async def settled(self, *workers: Worker) -> None:
+    async def settled(self, *workers: WorkerProcess) -> None:
         """Nothing is held here, nor at `workers`: no request, no task, no file more than at their beginning."""
-        await eventually(lambda: not held_by(self.runtime), within=10, what="the caller holds nothing")
+        await super().settled()
         for worker in workers:
             limit = now() + 10
             while more := {what: n for what, n in (await self.facts(worker)).items() if n > worker.quiet[what]}:
                 assert now() < limit, f"the worker still holds {more}, at its beginning {worker.quiet}"
                 await asyncio.sleep(0.05)
 
-    def state(self, worker: Worker) -> str:
+    def state(self, worker: WorkerProcess) -> str:
         """Whether it may be chosen, and why not."""
         return next((row.state for row in self.client.explain() if row.instance_id == worker.id), "gone")
 
 
-@asynccontextmanager
-async def _process(settings: dict[str, Any], sockets: str) -> AsyncIterator[Worker]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(SCRIPT), json.dumps(settings)),
-        stdout=asyncio.subprocess.PIPE,
-        env={"XDG_RUNTIME_DIR": sockets, "PATH": "", "HOME": sockets},
-    )
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(30):
-            said = json.loads(await process.stdout.readline())
-        yield Worker(process, said["id"])
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        await process.wait()
-
-
-@asynccontextmanager
-async def site(plane: str, root: Path, **settings: Any) -> AsyncIterator[Site]:
-    """A caller; in the end it holds nothing, and nothing is left of it."""
-    tasks, files = tasks_now(), len(open_files())
-    with tempfile.TemporaryDirectory() as sockets:  # short enough for Unix sockets, and gone with what killed workers leave
-        async with AsyncExitStack() as stack:
-            runtime = await stack.enter_async_context(
-                Runtime.connect(discovery="file", file__root=str(root), **{**PLANES[plane], **settings})
-            )
-            client = await runtime.endpoint(ENDPOINT).client()
-            here = Site(plane, root, sockets, runtime, client, stack)
-            yield here
-            await here.settled()
-    await eventually(lambda: tasks_now() == tasks, what="no task is left")
-    await eventually(lambda: len(open_files()) <= files, what="no file is left open")
+def site(plane: str, root: Path, **settings: Any) -> AbstractAsyncContextManager[WatchedSite]:
+    return site_of(WatchedSite, plane, root, **settings)
 
 
 def now() -> float:
@@ -221,7 +161,7 @@ async def test_a_suspicion_ends_even_if_its_streams_were_given_up(tmp_path: Path
 # -- blocked
 
 
-async def _block(here: Site, how: str, seconds: float) -> None:
+async def _block(here: WatchedSite, how: str, seconds: float) -> None:
     """A handler blocks its worker: nobody's stream is lost, and others route around it."""
     blocked, well = await here.worker(), await here.worker()
     routes_around = here.plane in NATIVE

@@ -1,4 +1,4 @@
-"""Worker processes (`served_worker.py`) of one cluster in a directory, and what is seen of them from outside."""
+"""Worker processes of one cluster in a directory, and what is seen of them from outside."""
 
 import asyncio
 import json
@@ -6,16 +6,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from stator.errors import StatorError
 from stator.runtime import Client, Runtime
 from stator.testing.cluster import ENDPOINT, PLANES, held_by, open_files, tasks_now
 from stator.testing.plane_suite import eventually
-
-SCRIPT = Path(__file__).with_name("served_worker.py")
 
 
 class WorkerProcess:
@@ -24,8 +22,10 @@ class WorkerProcess:
     def __init__(self, process: asyncio.subprocess.Process, log: IO[bytes], said: dict[str, Any]) -> None:
         self.process = process
         self.id: int = said["id"]
-        self.status: str = said["status"] or ""
+        self.status: str = said.get("status") or ""
         """address of its status server"""
+        self.quiet: dict[str, int] = {}
+        """what it holds when it has nothing to do, if its site looks at that"""
         self._log = log
 
     @property
@@ -48,7 +48,10 @@ class WorkerProcess:
 class Site:
     """A caller with a client, and the processes it calls."""
 
+    script = Path(__file__).with_name("served_worker.py")
+
     def __init__(self, plane: str, root: Path, sockets: str, runtime: Runtime, client: Client, stack: AsyncExitStack) -> None:
+        self.plane = plane
         self.root = root
         self.runtime = runtime
         self.client = client
@@ -58,9 +61,14 @@ class Site:
 
     async def worker(self, **settings: Any) -> WorkerProcess:
         """Start one and wait until the client sees it."""
-        worker = await self._stack.enter_async_context(_process({**self._settings, **settings}, self._sockets))
+        process = _process(self.script, {**self._settings, **settings}, self._sockets)
+        worker = await self._stack.enter_async_context(process)
         await eventually(lambda: worker.id in self.client.instance_ids(), within=20, what="the worker is seen")
         return worker
+
+    async def settled(self) -> None:
+        """Nothing is held here."""
+        await eventually(lambda: not held_by(self.runtime), within=10, what="the caller holds nothing")
 
     def recorded(self, worker: WorkerProcess) -> bool:
         """Whether its record is in the directory right now: not what somebody has heard of it. Reads the disk."""
@@ -68,10 +76,10 @@ class Site:
 
 
 @asynccontextmanager
-async def _process(settings: dict[str, Any], sockets: str) -> AsyncIterator[WorkerProcess]:
+async def _process(script: Path, settings: dict[str, Any], sockets: str) -> AsyncIterator[WorkerProcess]:
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(SCRIPT), json.dumps(settings)),
+            *(sys.executable, str(script), json.dumps(settings)),
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             env={"XDG_RUNTIME_DIR": sockets, "PATH": "", "HOME": sockets},
@@ -90,8 +98,11 @@ async def _process(settings: dict[str, Any], sockets: str) -> AsyncIterator[Work
             await process.wait()
 
 
+SiteT = TypeVar("SiteT", bound=Site)
+
+
 @asynccontextmanager
-async def site(plane: str, root: Path, **settings: Any) -> AsyncIterator[Site]:
+async def site_of(kind: type[SiteT], plane: str, root: Path, **settings: Any) -> AsyncIterator[SiteT]:
     """A caller; in the end it holds nothing, and nothing is left of it."""
     tasks, files = tasks_now(), len(open_files())
     with tempfile.TemporaryDirectory() as sockets:  # short enough for Unix sockets, and gone with what killed workers leave
@@ -100,10 +111,16 @@ async def site(plane: str, root: Path, **settings: Any) -> AsyncIterator[Site]:
                 Runtime.connect(discovery="file", file__root=str(root), **{**PLANES[plane], **settings})
             )
             client = await runtime.endpoint(ENDPOINT).client()
-            yield Site(plane, root, sockets, runtime, client, stack)
-            await eventually(lambda: not held_by(runtime), within=10, what="the caller holds nothing")
+            here = kind(plane, root, sockets, runtime, client, stack)
+            yield here
+            await here.settled()
     await eventually(lambda: tasks_now() == tasks, what="no task is left")
     await eventually(lambda: len(open_files()) <= files, what="no file is left open")
+
+
+def site(plane: str, root: Path, **settings: Any) -> AbstractAsyncContextManager[Site]:
+    """A site whose workers can be drained and asked about themselves."""
+    return site_of(Site, plane, root, **settings)
 
 
 class Load:

@@ -31,13 +31,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-async def models() -> FakeModels:
-    models = FakeModels()
-    models.add("echo", FakeEngine())
-    return models
-
-
 async def status(running: RunningFrontend, name: str) -> int:
     async with RawClient(running.port) as raw:
         await raw.request("POST", CHAT, chat_body("x"), authorization=f"Bearer {KEYS[name]}")

@@ -28,13 +28,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-async def models() -> FakeModels:
-    models = FakeModels()
-    models.add("echo", FakeEngine())
-    return models
-
-
 async def attempts(running: RunningFrontend, first: int, count: int) -> None:
     """So many requests with different wrong keys on one connection, some at a time."""
     async with RawClient(running.port) as raw:

@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import threading
 import tracemalloc
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -31,25 +31,6 @@ def error_of(answer: Answer, status: int) -> dict[str, Any]:
     assert error["message"]
     assert error["type"] == "invalid_request_error"
     return error
-
-
-@pytest.fixture
-def models() -> FakeModels:
-    models = FakeModels()
-    models.add("echo", FakeEngine())
-    return models
-
-
-@pytest.fixture
-async def running(models: FakeModels) -> AsyncIterator[RunningFrontend]:
-    async with frontend(models) as running:
-        yield running
-
-
-@pytest.fixture
-async def raw(running: RunningFrontend) -> AsyncIterator[RawClient]:
-    async with RawClient(running.port) as raw:
-        yield raw
 
 
 MESSAGE = {"role": "user", "content": "x"}

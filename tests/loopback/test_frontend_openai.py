@@ -30,19 +30,6 @@ def message(text: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-async def models() -> FakeModels:
-    models = FakeModels()
-    models.add("echo", FakeEngine())
-    return models
-
-
-@pytest.fixture
-async def running(models: FakeModels) -> AsyncIterator[RunningFrontend]:
-    async with frontend(models) as running:
-        yield running
-
-
-@pytest.fixture
 async def client(running: RunningFrontend) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=10) as client:
         yield client

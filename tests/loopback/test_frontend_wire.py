@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from uuid import UUID, uuid4
 
 import pytest
@@ -41,25 +41,6 @@ class Gate:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
-
-
-@pytest.fixture
-def models() -> FakeModels:
-    models = FakeModels()
-    models.add("echo", FakeEngine())
-    return models
-
-
-@pytest.fixture
-async def running(models: FakeModels) -> AsyncIterator[RunningFrontend]:
-    async with frontend(models) as running:
-        yield running
-
-
-@pytest.fixture
-async def raw(running: RunningFrontend) -> AsyncIterator[RawClient]:
-    async with RawClient(running.port) as raw:
-        yield raw
 
 
 class Recording:

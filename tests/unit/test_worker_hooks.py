@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +17,7 @@ from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
 from stator.runtime.context import Context
 from stator.testing.plane_suite import eventually
-from stator.testing.worker_host import INSTANCE, FakeHost, FakeServed
+from stator.testing.worker_host import INSTANCE
 from stator.worker import (
     EXIT_DEADLINE,
     EXIT_FAILED,
@@ -31,6 +30,7 @@ from stator.worker import (
     Worker,
     WorkerConfig,
 )
+from unit.worker_stage import WorkerStage
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -135,32 +135,13 @@ class Telling(LLMEngine):
 async def _nothing() -> None: ...
 
 
-class Stage:
+class Stage(WorkerStage[Telling]):
     """One worker with everything around it."""
 
     def __init__(self, **config: Any) -> None:
-        config.setdefault("grace_period", 0.0)
-        self.log: list[str] = []
-        self.engine = Telling(self.log)
-        self.host = FakeHost(self.log)
         self.failures: list[str] = []
-        self.worker = Worker(self.engine, self.host, config=WorkerConfig(**config), failed=self.failures.append)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncGenerator[asyncio.Task[int]]:
-        """The worker, ready; shut down at the end if the test did not."""
-        task = asyncio.ensure_future(self.worker.run())
-        async with asyncio.timeout(5):
-            await self.worker.ready()
-        yield task
-        self.worker.shutdown()
-        async with asyncio.timeout(10):
-            await task
-
-    @property
-    def served(self) -> FakeServed:
-        assert self.host.served is not None
-        return self.host.served
+        log: list[str] = []
+        super().__init__(Telling(log), log, failed=self.failures.append, **config)
 
     @property
     def page(self) -> dict[str, Any]:

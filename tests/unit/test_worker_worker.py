@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from stator.llm.card import ModelCard
 from stator.llm.output import EngineOutput
 from stator.llm.request import PreprocessedRequest
 from stator.runtime.context import Context
-from stator.testing.worker_host import INSTANCE, FakeHost, FakeServed
-from stator.worker import EXIT_DEADLINE, EXIT_FAILED, EXIT_OK, EngineConfig, LLMEngine, Worker, WorkerConfig
+from stator.testing.worker_host import INSTANCE
+from stator.worker import EXIT_DEADLINE, EXIT_FAILED, EXIT_OK, EngineConfig, LLMEngine
+from unit.worker_stage import WorkerStage
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -53,32 +53,13 @@ async def _nothing() -> None:
     pass
 
 
-class Stage:
+class Stage(WorkerStage[ScriptedEngine]):
     """One worker with everything around it."""
 
     def __init__(self, **config: Any) -> None:
-        config.setdefault("grace_period", 0.0)
-        self.log: list[str] = []
-        self.engine = ScriptedEngine(self.log)
-        self.host = FakeHost(self.log)
         self.progress: list[str] = []
-        self.worker = Worker(self.engine, self.host, config=WorkerConfig(**config), progress=self.progress.append)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncGenerator[asyncio.Task[int]]:
-        """The worker, ready; shut down at the end if the test did not."""
-        task = asyncio.ensure_future(self.worker.run())
-        async with asyncio.timeout(5):
-            await self.worker.ready()
-        yield task
-        self.worker.shutdown()
-        async with asyncio.timeout(10):
-            await task
-
-    @property
-    def served(self) -> FakeServed:
-        assert self.host.served is not None
-        return self.host.served
+        log: list[str] = []
+        super().__init__(ScriptedEngine(log), log, progress=self.progress.append, **config)
 
 
 START = ["start abc", "publish", "serve dynamo.backend.generate"]

@@ -1,0 +1,30 @@
+"""A frontend with one model, as several files of this folder ask for it."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from stator.testing.fake_models import FakeEngine, FakeModels
+from stator.testing.frontend_kit import RawClient, RunningFrontend, frontend
+
+
+@pytest.fixture
+def models() -> FakeModels:
+    """One model, `echo`."""
+    models = FakeModels()
+    models.add("echo", FakeEngine())
+    return models
+
+
+@pytest.fixture
+async def running(models: FakeModels) -> AsyncIterator[RunningFrontend]:
+    """A frontend that serves `models`."""
+    async with frontend(models) as running:
+        yield running
+
+
+@pytest.fixture
+async def raw(running: RunningFrontend) -> AsyncIterator[RawClient]:
+    """A connection to it."""
+    async with RawClient(running.port) as raw:
+        yield raw
