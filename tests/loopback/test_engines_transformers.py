@@ -22,6 +22,7 @@ from stator.worker.snapshot import ComponentSnapshot
 
 torch = pytest.importorskip("torch", reason="needs the extra 'transformers'")
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(120)]
+torch.set_num_threads(1)  # for models this small, threads that wait for each other only take time from other tests
 
 CONTEXT = 512
 
