@@ -7,15 +7,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from stator.frontend.metrics import FrontendMetrics, RequestMeter
-from stator.frontend.prompt_timing import PromptTiming
 from stator.llm.card import RuntimeConfig, WorkerType
 from stator.llm.openai import parse_chat, parse_completion
+from stator.llm.prompt_timing import PromptTiming
 from stator.llm.served import ServedModel
 from stator.telemetry import MetricSet
 from stator.testing.fake_models import FakeEngine, FakeModels
 from stator.testing.frontend_kit import page_sample
 from stator.testing.manual_clock import ManualClock
-from stator.testing.plane_suite import uncollected
 
 PROMPT = 12
 
@@ -189,29 +188,19 @@ def test_template_and_tokens_are_timed_apart() -> None:
     def now() -> float:
         return float(next(readings))
 
-    chat = PromptTiming()
-    built = chat.of(served.preprocessor, now).chat(parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}'))
+    chat = PromptTiming(now)
+    built = served.preprocessor.chat(parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}'), chat)
     assert (
         built.token_ids
         == served.preprocessor.chat(parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}')).token_ids
     )
     assert (chat.template, chat.tokenize) == (1.0, 1.0)
-    text = PromptTiming()
-    text.of(served.preprocessor, now).completion(parse_completion(b'{"model":"echo","prompt":"hi"}'), "hi")
+    text = PromptTiming(now)
+    served.preprocessor.completion(parse_completion(b'{"model":"echo","prompt":"hi"}'), "hi", text)
     assert (text.template, text.tokenize) == (None, 1.0)
-    ready = PromptTiming()
-    ready.of(served.preprocessor, now).completion(parse_completion(b'{"model":"echo","prompt":[1,2]}'), [1, 2])
+    ready = PromptTiming(now)
+    served.preprocessor.completion(parse_completion(b'{"model":"echo","prompt":[1,2]}'), [1, 2], ready)
     assert (ready.template, ready.tokenize) == (None, None)
-
-
-def test_timing_leaves_the_collector_nothing() -> None:
-    served = echo()
-    request = parse_chat(b'{"model":"echo","messages":[{"role":"user","content":"hi"}]}')
-    with uncollected() as found:
-        timing = PromptTiming()
-        timing.of(served.preprocessor, lambda: 0.0).chat(request)
-        del timing
-    assert not found, found
 
 
 def test_each_worker_shows_what_it_did_last_until_it_is_gone() -> None:

@@ -53,17 +53,21 @@ class _Body:
     async def read(self) -> bytes:
         """The whole body. Raises `Rejected` with 415, 413, 408 or 400; the rest of a refused body is discarded by aiohttp."""
         request, config = self._request, self._reader.config
+        content = request.content
         _check_type(request)
         if (request.content_length or 0) > config.body_limit:
             raise too_large(config)
         chunks: list[bytes] = []
         try:
+            if content.is_eof():  # it came with the head: no need of a deadline
+                data = content.read_nowait()
+                self._count(len(data))
+                if content.at_eof():
+                    return data
+                chunks.append(data)
             with Limit(self._wheel, self._until):
-                async for chunk in request.content.iter_any():
-                    self.size += len(chunk)
-                    self._reader.charge(len(chunk))
-                    if self.size > config.body_limit:
-                        raise too_large(config)
+                async for chunk in content.iter_any():
+                    self._count(len(chunk))
                     chunks.append(chunk)
         except TimeoutError as error:
             text = f"The request body did not arrive in time: {self.size} bytes in {self._wheel.now() - self._begin:.0f} s."
@@ -71,6 +75,12 @@ class _Body:
         except web.RequestPayloadError as error:
             raise Rejected(Failure(status=400, message="The request body cannot be decoded.", code="bad_body")) from error
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _count(self, size: int) -> None:
+        self.size += size
+        self._reader.charge(size)
+        if self.size > self._reader.config.body_limit:
+            raise too_large(self._reader.config)
 
     def _until(self) -> float:
         config = self._reader.config

@@ -16,7 +16,6 @@ from stator.frontend.choices import Calls, Choice, Emit, make_choices, run, tota
 from stator.frontend.chunks import CHAT_SHAPE, TEXT_SHAPE, ChunkWriter, FinishedChoice, Shape
 from stator.frontend.errors import Failure, Rejected, model_not_found, render
 from stator.frontend.metrics import RequestMeter
-from stator.frontend.prompt_timing import PromptTiming
 from stator.frontend.sse import DONE, EventStream
 from stator.frontend.state import SERVER, TICKET, FrontendState
 from stator.frontend.ticket import Ticket, propagated_headers, request_metadata
@@ -24,6 +23,7 @@ from stator.llm.card import ModelType
 from stator.llm.openai import ChatRequest, CompletionRequest, InvalidRequest, parse_chat, parse_completion
 from stator.llm.postprocess import TextDelta
 from stator.llm.preprocess import Preprocessor
+from stator.llm.prompt_timing import PromptTiming
 from stator.llm.request import PreprocessedRequest
 from stator.llm.served import ServedModel, TokenStream
 
@@ -163,14 +163,13 @@ class Generation:
         """Tokenise, and number the choices. Happens while the request may be waiting for its turn."""
         meter, now = ticket.meter, self._state.clock.monotonic
         assert meter is not None
-        timing = PromptTiming()
-        preprocessor = timing.of(served.preprocessor, now)
+        timing = PromptTiming(now)
         begin = now()
         with meter.preparing():
             if large:
-                prompts = await asyncio.to_thread(_preprocess, preprocessor, request)
+                prompts = await asyncio.to_thread(_preprocess, served.preprocessor, request, timing)
             else:
-                prompts = _preprocess(preprocessor, request)
+                prompts = _preprocess(served.preprocessor, request, timing)
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
         meter.prompt(tokens, now() - begin, timing)
         if ticket.grant is not None:
@@ -272,10 +271,10 @@ class _Collected:
         return writer.whole(finished, total_usage(self._choices))
 
 
-def _preprocess(preprocessor: Preprocessor, request: Request) -> list[PreprocessedRequest]:
+def _preprocess(preprocessor: Preprocessor, request: Request, timing: PromptTiming) -> list[PreprocessedRequest]:
     if isinstance(request, ChatRequest):
-        return [preprocessor.chat(request)]
-    return [preprocessor.completion(request, prompt) for prompt in request.prompts()]
+        return [preprocessor.chat(request, timing)]
+    return [preprocessor.completion(request, prompt, timing) for prompt in request.prompts()]
 
 
 def _count_cached(choices: list[Choice], meter: RequestMeter) -> None:

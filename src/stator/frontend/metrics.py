@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from stator.clock import Clock
 from stator.frontend.admission_metrics import AdmissionMetrics
 from stator.frontend.model_gauges import CardGauges, LastSeen
-from stator.frontend.prompt_timing import PromptTiming
 from stator.llm.card import WorkerType
+from stator.llm.prompt_timing import PromptTiming
 from stator.llm.served import ServedModel
 from stator.telemetry import Counter, Family, Gauge, Histogram, LoopDelay, MetricSet
 from stator.telemetry.names import FRONTEND_PREFIX, frontend_prefix

@@ -12,6 +12,7 @@ from stator.llm.card import ModelCard, mdcsum
 from stator.llm.model_files import load_template, load_tokenizer
 from stator.llm.nvext import NvExt
 from stator.llm.openai import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, InvalidRequest, NamedTool
+from stator.llm.prompt_timing import UNTIMED, PromptTiming
 from stator.llm.request import GuidedDecoding, OutputOptions, PreprocessedRequest, SamplingOptions, StopConditions
 from stator.llm.template import ChatTemplate
 from stator.llm.tokenizer import Tokenizer
@@ -37,10 +38,13 @@ class Preprocessor:
         """Open the model's files. Blocks, up to seconds: run it in a thread. `UsageError` says what is missing."""
         return cls(card, load_tokenizer(card), load_template(card, clock))
 
-    def chat(self, request: ChatRequest) -> PreprocessedRequest:
+    def chat(self, request: ChatRequest, timing: PromptTiming = UNTIMED) -> PreprocessedRequest:
         """Translate a chat request. Raises `InvalidRequest`: template refused, too long, token id unknown."""
         given = request.nvext.token_data if request.nvext else None
-        token_ids = self._known(given, "nvext") if given is not None else self._encode(self.render(request), "messages")
+        if given is not None:
+            token_ids = self._known(given, "nvext")
+        else:
+            token_ids = self._encode(self.render(request, timing), "messages", timing)
         self._check_length(token_ids, "messages")
         logprobs = (1 if request.top_logprobs is None else request.top_logprobs) if request.logprobs else None
         max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
@@ -49,11 +53,13 @@ class Preprocessor:
             return built
         return msgspec.structs.replace(built, mm_processor_kwargs=request.mm_processor_kwargs)
 
-    def completion(self, request: CompletionRequest, prompt: str | list[int]) -> PreprocessedRequest:
+    def completion(
+        self, request: CompletionRequest, prompt: str | list[int], timing: PromptTiming = UNTIMED
+    ) -> PreprocessedRequest:
         """Translate one prompt of a completion request (`request.prompts()`); a text is tokenised without template."""
         if request.nvext is not None and request.nvext.token_data is not None:
             prompt = request.nvext.token_data
-        token_ids = self._encode(prompt, "prompt") if isinstance(prompt, str) else self._known(prompt, "prompt")
+        token_ids = self._encode(prompt, "prompt", timing) if isinstance(prompt, str) else self._known(prompt, "prompt")
         self._check_length(token_ids, "prompt")
         guided = request.guided_decoding()
         built = self._build(request, token_ids, logprobs=request.logprobs, max_tokens=request.max_tokens, guided=guided)
@@ -62,21 +68,27 @@ class Preprocessor:
         sampling = msgspec.structs.replace(built.sampling_options, best_of=request.best_of)
         return msgspec.structs.replace(built, sampling_options=sampling)
 
-    def render(self, request: ChatRequest) -> str:
+    def render(self, request: ChatRequest, timing: PromptTiming = UNTIMED) -> str:
         """The prompt text of a chat request."""
         if self.template is None:
             raise InvalidRequest(f"The model '{request.model}' has no chat template; use /v1/completions.", param="messages")
         hide_tools = request.tool_choice == "none" and self.card.runtime_config.exclude_tools_when_tool_choice_none
         tools = None if hide_tools or not request.tools else [msgspec.to_builtins(tool) for tool in request.tools]
-        return self.template.render(
-            [_template_message(message) for message in request.messages], tools=tools, variables=_template_variables(request)
-        )
+        messages = [_template_message(message) for message in request.messages]
+        began = timing.now()
+        try:
+            return self.template.render(messages, tools=tools, variables=_template_variables(request))
+        finally:
+            timing.rendered(began)
 
-    def _encode(self, text: str, param: str) -> list[int]:
+    def _encode(self, text: str, param: str, timing: PromptTiming) -> list[int]:
+        began = timing.now()
         try:
             token_ids = self.tokenizer.encode(text)
         except UsageError as error:
             raise InvalidRequest(f"Invalid '{param}': {error.message}.", param=param) from error
+        finally:
+            timing.encoded(began)
         # Engines need something to go on from; by old custom the end of the text before.
         token_ids = token_ids or list(self.tokenizer.eos_token_ids[:1])
         if not token_ids:

@@ -94,9 +94,11 @@ def _compile(source: str, clock: Clock) -> "jinja2.Template":
     for helper in (raise_exception, strftime_now):
         environment.globals[helper.__name__] = helper  # pyright: ignore[reportUnknownMemberType] - likewise
     try:
-        return environment.from_string(source)
+        template = environment.from_string(source)
     except jinja2.TemplateError as error:
         raise UsageError(f"the chat template of the model does not compile: {error}") from error
+    template.globals = dict(template.globals)  # a chain of maps before, which each rendering would copy key by key
+    return template
 
 
 def _tojson(
