@@ -84,43 +84,50 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True):
     meter: RequestMeter
     admission: Admission
     wheel: DeadlineWheel
+    scope: Scope
+    """where the task of a single call lives"""
     now: Callable[[], float]
 
 
 async def run(choices: Sequence[Choice], calls: Calls) -> None:
-    """Generate all choices to their end. The first failure or cancellation ends all: calls are killed at the worker."""
+    """Generate all choices to their end. The first failure or cancellation ends all: calls are killed at the worker.
+
+    Each call has a task, a single one too: each token resumes all coroutines from the task down to the stream, and a request's handler
+    is a dozen deep.
+    """
     if len(choices) == 1:
-        await _run_one(choices[0], calls)
+        if (error := await calls.scope.spawn(_run_one(choices[0], calls))) is not None:
+            raise error
         return
     async with Scope("choices") as scope:
-        tasks = [scope.spawn(_caught(_run_one(choice, calls))) for choice in choices]
+        tasks = [scope.spawn(_run_one(choice, calls)) for choice in choices]
         for task in asyncio.as_completed(tasks):
             if (error := await task) is not None:
                 raise error
 
 
-async def _caught(work: Awaitable[None]) -> Exception | None:
-    # A failure is the request's, not the scope's, which would log it as a crash.
-    try:
-        await work
-    except Exception as error:
-        return error
-    return None
+async def _run_one(choice: Choice, calls: Calls) -> Exception | None:
+    """Make the call when it is its turn. Refused by a worker before anything was delivered, it waits for another one, a few times.
 
-
-async def _run_one(choice: Choice, calls: Calls) -> None:
-    """Make the call when it is its turn. Refused by a worker before anything was delivered, it waits for another one, a few times."""
+    A failure is returned: it is the request's, not the scope's, which would log it as a crash.
+    """
     admission = calls.admission
     try:
         while True:
             await admission.turn(choice.index)
             try:
-                return await _call(choice, calls)
+                await _call(choice, calls)
             except Overloaded as error:
                 if choice.answered:
-                    raise
+                    return error
                 if not admission.returned(choice.index):
-                    raise admission.refused_by_worker() from error
+                    refusal = admission.refused_by_worker()
+                    refusal.__cause__ = error
+                    return refusal
+            else:
+                return None
+    except Exception as error:
+        return error
     finally:
         admission.ended(choice.index)
 

@@ -145,6 +145,7 @@ class Generation:
             meter=meter,
             admission=admission,
             wheel=self._state.wheel,
+            scope=self._state.scope,
             now=self._state.clock.monotonic,
         )
 

@@ -172,11 +172,23 @@ class ResponseStream:
     async def batches(self) -> AsyncIterator[list[Any]]:
         """All items that are ready, as non-empty lists; for readers that can use several at once."""
         try:
-            while await self._more():
-                assert self._inbox is not None
-                batch = list(self._inbox.items)
-                self._inbox.items.clear()
-                yield batch
+            inbox = self._inbox or await self._open()
+            while True:
+                items = inbox.items
+                while not items and inbox.phase is not _ENDED:
+                    inbox.link.taken()
+                    await inbox.news()
+                if items:
+                    if self._mark:
+                        self._arrived()
+                    batch = list(items)
+                    items.clear()
+                    yield batch
+                elif (error := inbox.error) is not None:
+                    inbox = await self._recover(inbox, error)
+                else:
+                    self._finish()
+                    return
         finally:
             if not self._entered:
                 self.kill()
