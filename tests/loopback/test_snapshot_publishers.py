@@ -115,7 +115,8 @@ class Site:
 
     @property
     def costs(self) -> list[float]:
-        return sorted(cost for scheduler in self.schedulers for cost in scheduler.costs)
+        """Of all that was published; may be looked at while it goes on: copying a deque is one step to other threads."""
+        return sorted(cost for scheduler in self.schedulers for cost in scheduler.costs.copy())
 
     async def stop(self) -> None:
         for scheduler in self.schedulers:
