@@ -1,5 +1,6 @@
-"""A frontend with one model, as several files of this folder ask for it."""
+"""What several files of this folder ask for: a frontend with one model, and IPv6."""
 
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -28,3 +29,13 @@ async def raw(running: RunningFrontend) -> AsyncIterator[RawClient]:
     """A connection to it."""
     async with RawClient(running.port) as raw:
         yield raw
+
+
+@pytest.fixture
+def ipv6() -> None:
+    """Skips the test where there is no ::1."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6 loopback: {error}")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import socket
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -443,12 +442,8 @@ async def test_where_a_publisher_listens_and_what_it_says(store: MemoryStore, bi
         await link(publisher, heard)
 
 
+@pytest.mark.usefixtures("ipv6")
 async def test_version_6_of_the_internet_protocol(store: MemoryStore) -> None:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        pytest.skip("this machine has no ::1")
     async with join(store, bind="::1", advertise="::1") as worker, join(store) as router:
         publisher, heard = await worker.plane.publisher(LOAD), await router.plane.subscribe(LOAD)
         record = next(iter(store.records.values()))

@@ -90,12 +90,10 @@ async def test_an_idle_process_answers_at_once() -> None:
         assert late is not None and late < 0.5
 
 
+@pytest.mark.usefixtures("ipv6")
 async def test_over_ipv6() -> None:
-    try:
-        async with a_pulse("::1") as pulse, a_probe() as probe:
-            assert await answers(probe, at(pulse.port, host="::1")) is not None
-    except OSError as error:
-        pytest.skip(f"this machine has no IPv6 loopback: {error}")
+    async with a_pulse("::1") as pulse, a_probe() as probe:
+        assert await answers(probe, at(pulse.port, host="::1")) is not None
 
 
 @pytest.mark.parametrize("how", ["sleep", "busy", "native"])

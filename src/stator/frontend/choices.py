@@ -95,15 +95,23 @@ async def run(choices: Sequence[Choice], calls: Calls) -> None:
     Each call has a task, a single one too: each token resumes all coroutines from the task down to the stream, and a request's handler
     is a dozen deep.
     """
-    if len(choices) == 1:
-        if (error := await calls.scope.spawn(_run_one(choices[0], calls))) is not None:
+    single = len(choices) == 1
+    error = await (calls.scope.spawn(_run_one(choices[0], calls)) if single else _run_all(choices, calls))
+    try:
+        if error is not None:
             raise error
-        return
+    finally:
+        del error  # its traceback has this frame: together they would keep the request until the garbage collector comes
+
+
+async def _run_all(choices: Sequence[Choice], calls: Calls) -> Exception | None:
+    """Make all calls at once. The first failure, when all others have ended."""
     async with Scope("choices") as scope:
         tasks = [scope.spawn(_run_one(choice, calls)) for choice in choices]
         for task in asyncio.as_completed(tasks):
             if (error := await task) is not None:
-                raise error
+                return error
+    return None
 
 
 async def _run_one(choice: Choice, calls: Calls) -> Exception | None:
@@ -121,15 +129,18 @@ async def _run_one(choice: Choice, calls: Calls) -> Exception | None:
                 if choice.answered:
                     return error
                 if not admission.returned(choice.index):
-                    refusal = admission.refused_by_worker()
-                    refusal.__cause__ = error
-                    return refusal
+                    return _because(admission.refused_by_worker(), error)
             else:
                 return None
     except Exception as error:
         return error
     finally:
         admission.ended(choice.index)
+
+
+def _because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 async def _call(choice: Choice, calls: Calls) -> None:

@@ -197,14 +197,19 @@ class Generation:
                 if isinstance(failed, ConnectionError) and not isinstance(failed, StatorError):
                     raise  # the client is gone
                 error = failed
-            if error is None:
-                _count_cached(streamed.choices, streamed.meter)
-                await events.finish(streamed.end())
-            elif events.started:
-                ticket.failure = describe_logged(error, state, ticket)
-                await events.finish(b"data: %b\n\n%b" % (render(ticket.failure), DONE))
-            else:
-                raise error
+            try:
+                if error is None:
+                    _count_cached(streamed.choices, streamed.meter)
+                    await events.finish(streamed.end())
+                elif events.started:
+                    ticket.failure = describe_logged(error, state, ticket)
+                    await events.finish(b"data: %b\n\n%b" % (render(ticket.failure), DONE))
+                else:
+                    raise error
+            finally:
+                del (
+                    error
+                )  # its traceback has this frame: together they would keep the request until the garbage collector comes
         return events.response
 
 
