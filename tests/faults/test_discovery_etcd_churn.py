@@ -47,6 +47,7 @@ async def main(url, instances):
                 batches += 1
                 if not full and len(watch.current) == instances:
                     full, most = time.monotonic(), memory()
+                    print("full", flush=True)
                 if full and not watch.current:
                     break
             print(json.dumps({"full": full, "empty": time.monotonic(), "cpu": time.process_time() - cpu,
@@ -58,6 +59,12 @@ uvloop.run(main(sys.argv[1], int(sys.argv[2])))
 
 def discovery(url: str) -> EtcdDiscovery:
     return open_etcd(EtcdConfig(endpoints=(url,)), clock=SystemClock(), random=Random())
+
+
+async def said_by(clients: list[asyncio.subprocess.Process]) -> list[bytes]:
+    """The next line of each."""
+    async with asyncio.timeout(30):
+        return [await client.stdout.readline() for client in clients if client.stdout is not None]
 
 
 async def paced(works: list[Any], seconds: float) -> None:
@@ -88,9 +95,7 @@ async def test_a_thousand_come_and_go(tmp_path: Path) -> None:
             for _ in range(CLIENTS)
         ]
         try:
-            for client in clients:
-                assert client.stdout is not None
-                assert await asyncio.wait_for(client.stdout.readline(), 30) == b"ready\n"
+            assert await said_by(clients) == [b"ready\n"] * CLIENTS
             cpu, _ = server_figures(etcd.pid)
             async with AsyncExitStack() as stack:
                 owners = [await stack.enter_async_context(discovery(etcd.url)) for _ in range(OWNERS)]
@@ -99,14 +104,11 @@ async def test_a_thousand_come_and_go(tmp_path: Path) -> None:
                 began = time.monotonic()
                 await paced([lambda o=owner, r=record: o.register(r) for owner, record in pairs], SPREAD)
                 joined = time.monotonic()
-                await asyncio.sleep(0.5)
+                assert await said_by(clients) == [b"full\n"] * CLIENTS
                 leaving = time.monotonic()
                 await paced([lambda o=owner, r=record: o.unregister(r.key) for owner, record in pairs], SPREAD)
                 left = time.monotonic()
-            figures = []
-            for client in clients:
-                assert client.stdout is not None
-                figures.append(json.loads(await asyncio.wait_for(client.stdout.readline(), 30)))
+            figures = [json.loads(line) for line in await said_by(clients)]
             server_cpu, server_memory = server_figures(etcd.pid)
         finally:
             for client in clients:
